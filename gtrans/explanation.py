@@ -1,0 +1,146 @@
+"""What the passes did or would do to a model, to print, to read by program, or to show."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from gtrans.contract import Contract, compose_all
+from gtrans.ir.sizes import human
+from gtrans.pipeline import Pipeline, Step
+from gtrans.plan.saved import SavedValue
+
+if TYPE_CHECKING:
+    from gtrans.capture import Captured
+
+
+@dataclass(frozen=True)
+class SavedRow:
+    """Saved values of equal layers, folded into one row."""
+
+    count: int
+    bytes: int
+    example: SavedValue
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a pipeline does to the captured graphs of one model. Printing it gives a page."""
+
+    pipeline: Pipeline
+    captured: "Sequence[Captured]"
+
+    @property
+    def training(self) -> "list[Captured]":
+        """The graphs that have a backward."""
+        return [c for c in self.captured if c.training]
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes kept for the backward, over all graphs, without parameters and buffers."""
+        return sum(c.saved_bytes for c in self.training)
+
+    @property
+    def saved_bytes_before(self) -> int:
+        """The same as autograd would keep without any pass."""
+        return sum(c.saved_bytes_before for c in self.training)
+
+    @property
+    def contract(self) -> Contract:
+        """What the passes that rewrote something promise together."""
+        return compose_all([c.contract for c in self.captured])
+
+    @property
+    def own_seconds(self) -> float:
+        """Seconds spent in passes, planning and splitting."""
+        return sum(c.own_seconds for c in self.captured)
+
+    @property
+    def saved(self) -> list[SavedRow]:
+        """What is kept, largest first; values that differ only in their layer are one row."""
+        return fold([s for c in self.training for s in c.saved])
+
+    def steps(self) -> list[tuple[int, Step]]:
+        """Every pass that ran, with the number of its graph."""
+        return [(c.index, s) for c in self.captured for s in (*c.forward_steps, *c.steps)]
+
+    def __str__(self) -> str:
+        return "\n".join([*self._summary(), "", *self._passes(), "", *self._table()])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for `--json`."""
+        return {
+            "pipeline": str(self.pipeline),
+            "contract": str(self.contract),
+            "graphs": len(self.captured),
+            "training_graphs": len(self.training),
+            "saved_bytes": self.saved_bytes,
+            "saved_bytes_before": self.saved_bytes_before,
+            "own_seconds": self.own_seconds,
+            "passes": [
+                {
+                    "graph": index,
+                    "pass": step.text,
+                    "contract": str(step.contract),
+                    "matched": step.stats.matched,
+                    "rewritten": step.stats.rewritten,
+                    "skipped": dict(step.stats.skipped),
+                    "notes": step.stats.notes,
+                    "seconds": step.seconds,
+                    "error": step.error,
+                }
+                for index, step in self.steps()
+            ],
+            "saved": [{"count": r.count, "bytes": r.bytes, **_flat(r.example)} for r in self.saved],
+        }
+
+    def _summary(self) -> list[str]:
+        breaks = f" (graph breaks: {len(self.captured) - 1})" if len(self.captured) > 1 else ""
+        before, after = self.saved_bytes_before, self.saved_bytes
+        share = f" ({after / before - 1:+.0%})" if before else ""
+        return [
+            f"pipeline   {self.pipeline}",
+            f"contract   {self.contract}",
+            f"graphs     {len(self.captured)}, {len(self.training)} with a backward{breaks}",
+            f"saved      {human(before)} as autograd would -> {human(after)}{share}",
+            f"own time   {self.own_seconds:.2f} s",
+        ]
+
+    def _passes(self) -> list[str]:
+        lines = ["pass"]
+        for index, step in self.steps():
+            where = f" [graph {index}]" if len(self.captured) > 1 else ""
+            lines.append(f"  {step.text}{where}: {step.stats}")
+            lines += [f"    {note}" for note in step.stats.notes]
+            if step.error:
+                lines.append(f"    failed and was left out: {step.error}")
+        return lines
+
+    def _table(self) -> list[str]:
+        lines = ["kept for the backward        bytes  type, operator, source"]
+        for row in self.saved:
+            if row.example.kind in ("parameter", "buffer"):
+                continue
+            times = f"{row.count} x " if row.count > 1 else ""
+            lines.append(
+                f"  {times + human(row.bytes // row.count):>20} {human(row.bytes):>12}  "
+                f"{row.example.shape} {row.example.operator} ({row.example.location})"
+            )
+        return lines
+
+
+def fold(values: Sequence[SavedValue]) -> list[SavedRow]:
+    """Folds values that differ only in the layer they belong to."""
+    groups: dict[tuple[Any, ...], list[SavedValue]] = {}
+    for v in values:
+        key = (v.operator, v.shape, v.kind, v.location.file, v.location.line, v.readers)
+        groups.setdefault(key, []).append(v)
+    rows = [SavedRow(len(g), sum(v.bytes for v in g), g[0]) for g in groups.values()]
+    return sorted(rows, key=lambda r: -r.bytes)
+
+
+def _flat(value: SavedValue) -> dict[str, Any]:
+    flat = asdict(value)
+    flat["each_bytes"] = flat.pop("bytes")
+    flat["location"] = str(value.location)
+    flat["readers"] = list(value.readers)
+    return flat

@@ -1,0 +1,104 @@
+"""The forward graph as Dynamo captures it: torch functions and methods, before autograd."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from gtrans.errors import GraphError
+
+
+class ForwardGraph:
+    """A typed view of a Dynamo graph, for passes that replace operators (knob F).
+
+    Args:
+        module: the captured forward. It is edited in place; use `copy` to keep the original.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.author = ""
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The underlying torch.fx graph."""
+        return self.module.graph
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """All nodes in order."""
+        return list(self.graph.nodes)
+
+    def calls(self, *targets: Callable[..., Any] | str) -> list[fx.Node]:
+        """The nodes that call one of the given functions or (by name) tensor methods, in order."""
+        found = []
+        for target in targets:
+            kind = "call_method" if isinstance(target, str) else "call_function"
+            found += self.graph.find_nodes(op=kind, target=target)
+        return sorted(found)
+
+    def insert_before(
+        self, anchor: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> fx.Node:
+        """Inserts a call right before a node and fills in its value and source line."""
+        with self.graph.inserting_before(anchor):
+            node = self.graph.call_function(target, args, dict(kwargs))
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in anchor.meta:
+                node.meta[key] = anchor.meta[key]
+        node.meta["example_value"] = self._value_of(node)
+        node.meta["made_by"] = self.author
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Lets every user of `old` read `new` instead, and erases `old`.
+
+        Raises:
+            GraphError: the two values differ in shape or dtype.
+        """
+        a, b = value(old), value(new)
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            same = a.dtype == b.dtype and list(a.shape) == list(b.shape)
+            if not same:
+                raise GraphError(
+                    f"cannot replace {old.name} ({a.dtype}, {tuple(a.shape)}) by {new.name} "
+                    f"({b.dtype}, {tuple(b.shape)})"
+                )
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        if not old.users:
+            self.graph.erase_node(old)
+
+    def copy(self) -> "ForwardGraph":
+        """An independent copy of the nodes; values and constants are shared."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        graph.output_node().meta = dict(self.graph.output_node().meta)
+        return ForwardGraph(fx.GraphModule(self.module, graph))
+
+    def eliminate_dead_code(self) -> int:
+        """Erases the nodes that nothing reads; returns how many."""
+        before = len(self.graph.nodes)
+        self.graph.eliminate_dead_code()
+        return before - len(self.graph.nodes)
+
+    def _value_of(self, node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        target: Any = node.target
+        mode = next(
+            (
+                val.fake_mode
+                for n in node.all_input_nodes
+                if isinstance(val := value(n), torch._subclasses.FakeTensor)
+            ),
+            None,
+        )
+        if mode is None:
+            return target(*args, **kwargs)
+        with mode:
+            return target(*args, **kwargs)
+
+
+def value(node: fx.Node) -> Any:
+    """The fake value Dynamo recorded for a node, None if it recorded none."""
+    return node.meta.get("example_value", node.meta.get("val"))

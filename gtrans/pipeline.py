@@ -1,0 +1,303 @@
+"""Runs passes over a graph: private copy, run, verify, commit.
+
+A pipeline has a text form that is the same in Python, on the command line and in reports:
+
+    relu-mask,few-bit{bits=2},plan{memory=6GiB}
+"""
+
+import re
+import time
+import types
+import typing
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+from gtrans.contract import Contract, compose_all, level
+from gtrans.core import Pass, Stats
+from gtrans.errors import ContractError, GTransError, OptionError, PassError, did_you_mean
+from gtrans.ir.check import check_forward, check_joint
+from gtrans.ir.forward import ForwardGraph
+from gtrans.ir.joint import JointGraph
+from gtrans.ir.printer import target_name
+from gtrans.registry import load_pass, pass_table
+
+Graph = JointGraph | ForwardGraph
+
+DEFAULT = "relu-mask,plan"
+"""The pipeline of `optimize(model)`: exact passes only."""
+
+ALIASES = {"default": DEFAULT, "none": ""}
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One rewrite, numbered across all passes and graphs of a model in the order they happen."""
+
+    number: int
+    pass_name: str
+    site: str
+
+    def __str__(self) -> str:
+        return f"#{self.number} {self.pass_name} at {self.site}"
+
+
+class Gate:
+    """Numbers rewrites and lets through those that are allowed.
+
+    Args:
+        allowed: numbers of the rewrites to perform; None performs all. Numbers start at 1.
+    """
+
+    def __init__(self, allowed: Collection[int] | None = None) -> None:
+        self.allowed = allowed
+        self.seen: list[Rewrite] = []
+
+    def permission(self, pass_name: str) -> Callable[[str], bool]:
+        """What a pass asks before each of its rewrites."""
+
+        def permitted(site: str) -> bool:
+            rewrite = Rewrite(len(self.seen) + 1, pass_name, site)
+            self.seen.append(rewrite)
+            return self.allowed is None or rewrite.number in self.allowed
+
+        return permitted
+
+
+@dataclass
+class Step:
+    """What one pass did to one graph."""
+
+    text: str
+    contract: Contract
+    stats: Stats = field(default_factory=Stats)
+    seconds: float = 0.0
+    nodes_before: int = 0
+    nodes_after: int = 0
+    op_changes: dict[str, int] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        """The pass without its options."""
+        return self.text.partition("{")[0]
+
+
+Observer = Callable[[Step, Graph, Graph], None]
+"""Called after each pass that succeeded, with the graph before and after it."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A sequence of passes."""
+
+    passes: tuple[Pass[Any], ...] = ()
+
+    @staticmethod
+    def parse(text: str) -> "Pipeline":
+        """Reads the text form.
+
+        Raises:
+            OptionError: a name, option or value is unknown or malformed.
+        """
+        made: list[Pass[Any]] = []
+        for name, options in _split(text):
+            if name in ALIASES and not options:
+                made += Pipeline.parse(ALIASES[name]).passes
+            else:
+                made.append(make_pass(name, options))
+        return Pipeline(tuple(made))
+
+    def __str__(self) -> str:
+        return ",".join(str(p) for p in self.passes)
+
+    @property
+    def contract(self) -> Contract:
+        """What all passes together promise about the gradient."""
+        return compose_all([p.contract for p in self.passes])
+
+    def without(self, names: Collection[str]) -> "Pipeline":
+        """The same pipeline less the named passes.
+
+        Raises:
+            OptionError: a name is not known at all.
+        """
+        for name in names:
+            if name not in (table := pass_table()):
+                raise OptionError(f"unknown pass {name!r}{did_you_mean(name, table)}")
+        return Pipeline(tuple(p for p in self.passes if p.name not in names))
+
+    def on(self, kind: type[Graph]) -> "Pipeline":
+        """The passes that work on this kind of graph."""
+        return Pipeline(tuple(p for p in self.passes if p.works_on is kind))
+
+    def require(self, weakest: str) -> None:
+        """Checks that no pass promises less than the named contract.
+
+        Raises:
+            ContractError: one does; the message names it.
+        """
+        limit = level(weakest).rank
+        for p in self.passes:
+            if p.contract.rank > limit:
+                raise ContractError(
+                    f"pass {p.name!r} is {p.contract}, weaker than the admitted {weakest!r}; "
+                    f"leave it out, or admit it with allow={p.contract.name!r}"
+                )
+
+    def run(
+        self,
+        graph: Graph,
+        *,
+        gate: Gate | None = None,
+        observers: Sequence[Observer] = (),
+        skip_failures: bool = False,
+    ) -> tuple[Graph, list[Step]]:
+        """Runs the passes in order, each on a private copy that is committed only if it is sound.
+
+        Args:
+            graph: the graph to start from; it is never modified.
+            gate: which rewrites to perform; all by default.
+            observers: called after every pass.
+            skip_failures: go on without a pass that fails, and record its error in the step.
+
+        Raises:
+            GTransError: a pass failed and `skip_failures` is off. The message names the pass.
+        """
+        gate = gate or Gate()
+        steps: list[Step] = []
+        for p in self.passes:
+            step = Step(str(p), p.contract, nodes_before=len(graph.nodes))
+            steps.append(step)
+            start = time.perf_counter()
+            try:
+                rewritten = _run_one(p, graph, gate, step)
+            except Exception as error:
+                step.error = f"{type(error).__name__}: {error}"
+                if not skip_failures:
+                    raise _blame(p, error) from error
+                rewritten = graph
+            step.seconds = time.perf_counter() - start
+            step.nodes_after = len(rewritten.nodes)
+            step.op_changes = _op_changes(graph, rewritten)
+            for observer in observers:
+                observer(step, graph, rewritten)
+            graph = rewritten
+        return graph, steps
+
+
+def make_pass(name: str, options: dict[str, str]) -> Pass[Any]:
+    """Makes a pass from its name and options given as text.
+
+    Raises:
+        OptionError: the pass or an option is unknown, or a value does not fit its type.
+    """
+    cls = load_pass(name)
+    hints = typing.get_type_hints(cls)
+    known = {f.name: hints[f.name] for f in fields(cls)}  # type: ignore[arg-type]
+    values = {}
+    for key, text in options.items():
+        field_name = key.replace("-", "_")
+        if field_name not in known:
+            raise OptionError(f"pass {name!r} has no option {key!r}{did_you_mean(key, known)}")
+        values[field_name] = parse_option(text, known[field_name], f"{name}{{{key}}}")
+    missing = [
+        f.name
+        for f in fields(cls)  # type: ignore[arg-type]
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in values
+    ]
+    if missing:
+        raise OptionError(f"pass {name!r} needs the option {missing[0]!r}")
+    return cls(**values)
+
+
+def parse_option(text: str, kind: Any, where: str) -> Any:
+    """Reads an option value of the given type; the inverse of `gtrans.core.format_option`.
+
+    Raises:
+        OptionError: the text is no such value.
+    """
+    if isinstance(kind, types.UnionType):
+        choices = [k for k in typing.get_args(kind) if k is not types.NoneType]
+        if text == "None":
+            return None
+        kind = choices[0]
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise OptionError(f"{where} must be true or false, got {text!r}")
+        return text == "true"
+    if typing.get_origin(kind) is typing.Literal:
+        if text not in typing.get_args(kind):
+            raise OptionError(f"{where}: {text!r}{did_you_mean(text, typing.get_args(kind))}")
+        return text
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind(text)
+    try:
+        return kind(text)
+    except ValueError:
+        raise OptionError(f"{where} must be {_article(kind.__name__)}, got {text!r}") from None
+
+
+def _article(kind: str) -> str:
+    return {"int": "a whole number", "float": "a number"}.get(kind, kind)
+
+
+_ITEM = re.compile(r"\s*(?P<name>[a-z][a-z0-9-]*)\s*(?:\{(?P<options>[^{}]*)\})?\s*(?P<end>,|$)")
+
+
+def _split(text: str) -> Iterable[tuple[str, dict[str, str]]]:
+    position = 0
+    while position < len(text.rstrip()):
+        match = _ITEM.match(text, position)
+        if match is None:
+            raise OptionError(
+                f"cannot read pipeline {text!r} at {text[position:]!r}; "
+                "expected pass names like 'relu-mask,plan{memory=6GiB}'"
+            )
+        options = {}
+        for part in filter(None, (match["options"] or "").split(",")):
+            key, equals, value = part.partition("=")
+            if not equals:
+                raise OptionError(f"option {part.strip()!r} of {match['name']!r} has no value")
+            options[key.strip()] = value.strip()
+        yield match["name"], options
+        position = match.end()
+
+
+def _run_one(p: Pass[Any], graph: Graph, gate: Gate, step: Step) -> Graph:
+    private = graph.copy()
+    private.author = p.name
+    step.stats = p.run(private, gate.permission(p.name))
+    if isinstance(private, JointGraph):
+        if private.cut is None:
+            private.eliminate_dead_code()
+        check_joint(private, graph if isinstance(graph, JointGraph) else None)
+    elif isinstance(graph, ForwardGraph):
+        private.eliminate_dead_code()
+        check_forward(private, graph)
+    private.author = ""
+    return private
+
+
+def _blame(p: Pass[Any], error: Exception) -> Exception:
+    """The same error with the name of the pass; foreign errors become a PassError."""
+    if isinstance(error, GTransError):
+        message = f"pass {p.name!r} failed: {error}"
+        return PassError(message) if type(error) is GTransError else type(error)(message)
+    return PassError(
+        f"pass {p.name!r} failed with {type(error).__name__}: {error}\n"
+        f"  The model and its graph are unchanged. Skip the pass: skip=[{p.name!r}]"
+    )
+
+
+def _op_changes(before: Graph, after: Graph) -> dict[str, int]:
+    def count(graph: Graph) -> Counter[str]:
+        return Counter(target_name(n) for n in graph.nodes if n.op.startswith("call"))
+
+    if before is after:
+        return {}
+    changes = count(after)
+    changes.subtract(count(before))
+    return {op: n for op, n in sorted(changes.items()) if n}

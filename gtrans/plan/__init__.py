@@ -1,0 +1,1 @@
+"""The planner: which forward value reaches the backward, and how."""

@@ -1,0 +1,173 @@
+"""The cheapest set of forward values to keep, as a minimum cut.
+
+Every forward value v that the backward needs is either saved or computed again from its inputs:
+
+    minimise  sum_saved bytes(v)  +  price * sum_recomputed cost(v)
+    such that a recomputed value has all its inputs saved or recomputed
+
+This is project selection, solved exactly as a minimum cut. Each value is split into v_in -> v_out:
+
+    v_in  -> v_out   bytes(v)        cut: v is saved
+    start -> v_in    price * cost    cut: v is recomputed; infinite where that is forbidden
+    u_out -> v_in    infinite        v recomputed needs its input u
+    v_out -> end     infinite        a backward node reads v
+
+Views cost nothing to recompute and are never saved themselves (their storage is). Random draws,
+effects and whatever the cost function forbids are never recomputed.
+
+Source: the construction is the one of torch's min-cut partitioner plus the recomputation edges of
+project selection (Picard 1976), which torch's lacks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+from torch import fx
+
+from gtrans.ir import ops
+from gtrans.ir.joint import JointGraph, Placement, tag
+from gtrans.ir.sizes import tensor_bytes
+
+RecomputeCost = Callable[[fx.Node], float | None]
+"""Cost of running a node again, in bytes' worth of memory; None forbids it."""
+
+# scipy's maximum flow takes 32-bit capacities; a path longer than this many units is infinite.
+_INFINITE = 2**30
+_UNITS = 2**28
+# Parameters are in memory anyway; of two equal cuts the one without them is the simpler.
+_FREE = 1e-6
+
+
+def minimum_cut(joint: JointGraph, cost: RecomputeCost) -> tuple[fx.Node, ...]:
+    """The values to keep for the backward, in graph order.
+
+    Args:
+        joint: the graph to cut; it is not changed.
+        cost: price of running a node again. It is not asked about views and getitem nodes, which
+            are free, nor about random draws, effects and inputs, which are never run again.
+
+    Returns:
+        Tensor-valued forward nodes. Symbolic sizes are not among them: they are always available.
+    """
+    network = _Network(joint)
+    for node in network.values:
+        network.add(node, cost)
+    return network.solve()
+
+
+def read_directly(joint: JointGraph) -> tuple[fx.Node, ...]:
+    """What autograd would keep: every forward value that a backward node reads, through views."""
+    saved: dict[fx.Node, None] = {}
+    for node in joint.graph.nodes:
+        if not joint.is_backward(node):
+            continue
+        for source in ops.tensor_inputs(node):
+            if joint.is_forward(source):
+                saved[storage_of(source)] = None
+    for source in _gradients_without_tangent(joint):
+        saved[storage_of(source)] = None
+    return tuple(sorted(saved))
+
+
+def storage_of(node: fx.Node) -> fx.Node:
+    """The node that allocated what a value is stored in: the value itself, unless it is a view."""
+    while ops.is_view(node) or (ops.is_getitem(node) and ops.is_view(node.all_input_nodes[0])):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _gradients_without_tangent(joint: JointGraph) -> list[fx.Node]:
+    return [g for g in joint.gradients if g is not None and joint.is_forward(g)]
+
+
+@dataclass(frozen=True)
+class _Edge:
+    start: int
+    end: int
+    capacity: float
+
+
+class _Network:
+    """The flow network of one joint graph: node 0 is the start, 1 the end, then in/out pairs."""
+
+    def __init__(self, joint: JointGraph) -> None:
+        self.joint = joint
+        self.values = [n for n in joint.graph.nodes if joint.is_forward(n) and not ops.is_symbol(n)]
+        self.index = {n: 2 + 2 * i for i, n in enumerate(self.values)}
+        self.edges: list[_Edge] = []
+        self.needed = set(_gradients_without_tangent(joint))
+        self.overwritten = {storage_of(n.all_input_nodes[0]) for n in self.values if ops.mutates(n)}
+
+    def add(self, node: fx.Node, cost: RecomputeCost) -> None:
+        """Adds the edges of one value."""
+        v_in, v_out = self.index[node], self.index[node] + 1
+        placement = tag(node).placement
+        self._edge(v_in, v_out, self._bytes_to_save(node))
+        if placement is Placement.REBUILT:
+            self._edge(v_in, 1, np.inf)
+        else:
+            self._edge(0, v_in, np.inf if placement is Placement.SAVED else _recompute(node, cost))
+        if placement is Placement.SAVED or node in self.needed or self._is_read_backward(node):
+            self._edge(v_out, 1, np.inf)
+        for source in ops.tensor_inputs(node):
+            self._edge(self.index[source] + 1, v_in, np.inf)
+
+    def solve(self) -> tuple[fx.Node, ...]:
+        """Runs maximum flow and reads the cut off the residual network."""
+        if not self.edges:
+            return ()
+        finite = sum(e.capacity for e in self.edges if np.isfinite(e.capacity))
+        unit = max(finite / _UNITS, 1e-9)
+        capacities = [
+            _INFINITE if not np.isfinite(e.capacity) else max(1, round(e.capacity / unit))
+            for e in self.edges
+            if e.capacity > 0
+        ]
+        kept = [e for e in self.edges if e.capacity > 0]
+        size = 2 + 2 * len(self.values)
+        matrix = csr_array(
+            (
+                np.array(capacities, dtype=np.int32),
+                ([e.start for e in kept], [e.end for e in kept]),
+            ),
+            shape=(size, size),
+        )
+        flow = maximum_flow(matrix, 0, 1).flow
+        residual = csr_array(matrix - flow)
+        residual.eliminate_zeros()
+        reached = set(breadth_first_order(residual, 0, return_predecessors=False).tolist())
+        return tuple(
+            n for n in self.values if self.index[n] in reached and self.index[n] + 1 not in reached
+        )
+
+    def _edge(self, start: int, end: int, capacity: float) -> None:
+        self.edges.append(_Edge(start, end, capacity))
+
+    def _bytes_to_save(self, node: fx.Node) -> float:
+        val = node.meta.get("val")
+        if not isinstance(val, torch.Tensor):
+            # Tuples are saved by their parts; constants (get_attr) are always at hand.
+            return _FREE if node.op == "get_attr" else np.inf
+        if node in self.overwritten and not self._is_read_backward(node):
+            return np.inf  # by the time of the backward it holds another value
+        if node.op == "placeholder" and self.joint.input_of(node).kind in ("parameter", "buffer"):
+            return _FREE
+        if storage_of(node) is not node:
+            return np.inf
+        return max(1.0, float(tensor_bytes(val)))
+
+    def _is_read_backward(self, node: fx.Node) -> bool:
+        return any(self.joint.is_backward(u) for u in node.users)
+
+
+def _recompute(node: fx.Node, cost: RecomputeCost) -> float:
+    if node.op in ("placeholder", "get_attr") or ops.is_effect(node) or ops.is_random(node):
+        return np.inf
+    if ops.is_view(node) or ops.is_getitem(node):
+        return 0.0
+    price = cost(node)
+    return np.inf if price is None else price

@@ -1,0 +1,80 @@
+"""Decide which forward values to keep for the backward and which to compute again there.
+
+Saves: what the cut frees; the report lists every value that is kept, with its bytes.
+Costs: one more pass over memory per recomputed pointwise or row-wise operator. Products,
+    convolutions, attention and reductions are not run again.
+Contract: exact, bit for bit (the same kernels run on the same values).
+Needs: nothing. Random draws, mutations and collectives are never run again.
+Source: project selection by minimum cut, `gtrans.plan.cut`.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import fx
+
+from gtrans.contract import Contract, Exact
+from gtrans.core import HELD_BACK, Knob, Pass, Permission, Stats, require
+from gtrans.ir import ops
+from gtrans.ir.joint import JointGraph
+from gtrans.ir.sizes import human, tensor_bytes
+from gtrans.plan.cut import minimum_cut, read_directly
+from gtrans.plan.saved import saved_bytes
+
+# Writes and reads of a row-wise operator, relative to a pointwise one: two passes over its row.
+_ROWWISE_WEIGHT = 2.0
+
+
+@dataclass(frozen=True)
+class Plan(Pass[JointGraph]):
+    """Choose what to save for the backward.
+
+    Args:
+        recompute: "cheap" runs pointwise and row-wise operators again where that saves memory;
+            "none" keeps what autograd would keep.
+        price: bytes of saved memory that pay for one byte written by a recomputed operator.
+    """
+
+    name: ClassVar[str] = "plan"
+    knob: ClassVar[Knob] = Knob.RESIDUAL
+
+    recompute: Literal["cheap", "none"] = "cheap"
+    price: float = 0.05
+
+    def __post_init__(self) -> None:
+        require(self.price > 0, f"plan: price must be positive, got {self.price}")
+
+    @property
+    def contract(self) -> Contract:
+        """The same gradient, bit for bit."""
+        return Exact()
+
+    def run(self, graph: JointGraph, permitted: Permission) -> Stats:
+        """Fixes the cut of the graph."""
+        plain = read_directly(graph)
+        stats = Stats(matched=len(plain))
+        if self.recompute == "none":
+            graph.cut = plain
+            return stats
+        if not permitted("the cut"):
+            graph.cut = plain
+            stats.skipped[HELD_BACK] += 1
+            return stats
+        graph.cut = minimum_cut(graph, self.cost)
+        stats.rewritten = len(set(plain) - set(graph.cut))
+        before, after = saved_bytes(graph, plain), saved_bytes(graph, graph.cut)
+        stats.notes.append(f"saved for backward: {human(before)} -> {human(after)}")
+        return stats
+
+    def cost(self, node: fx.Node) -> float | None:
+        """Price of running a node again, in saved bytes; None where it is not cheap."""
+        written = tensor_bytes(node.meta["val"])
+        if ops.is_pointwise(node) or ops.is_fill(node) or _is_copy(node):
+            return self.price * written
+        if node.target in ops.ROWWISE:
+            return self.price * _ROWWISE_WEIGHT * written
+        return None
+
+
+def _is_copy(node: fx.Node) -> bool:
+    return node.target in ops.COPIES

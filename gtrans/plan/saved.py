@@ -1,0 +1,64 @@
+"""What is kept for the backward: bytes, source line and readers of every value."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from gtrans.ir.joint import JointGraph
+from gtrans.ir.printer import target_name
+from gtrans.ir.sizes import shape_text, tensor_bytes
+from gtrans.ir.source import Location, location
+from gtrans.plan.cut import storage_of
+
+
+@dataclass(frozen=True)
+class SavedValue:
+    """One value that lives from the forward to the backward.
+
+    Attributes:
+        name: node name in the joint graph.
+        operator: what computed it ("aten.addmm.default").
+        shape: type and sizes, ``f32[8, 64]``.
+        bytes: size of its storage.
+        kind: "activation", "input", "parameter" or "buffer"; only the first two cost memory.
+        location: line of the user's model.
+        readers: operators of the backward that read it.
+    """
+
+    name: str
+    operator: str
+    shape: str
+    bytes: int
+    kind: str
+    location: Location
+    readers: tuple[str, ...]
+
+
+def saved_values(joint: JointGraph, cut: Iterable[fx.Node]) -> list[SavedValue]:
+    """Describes every storage that a cut keeps, largest first."""
+    described: dict[fx.Node, SavedValue] = {}
+    for node in cut:
+        owner = storage_of(node)
+        if owner not in described:
+            described[owner] = _describe(joint, owner)
+    return sorted(described.values(), key=lambda s: (-s.bytes, s.name))
+
+
+def saved_bytes(joint: JointGraph, cut: Iterable[fx.Node]) -> int:
+    """Bytes that a cut keeps alive besides parameters and buffers; shared storage counts once."""
+    return sum(s.bytes for s in saved_values(joint, cut) if s.kind not in ("parameter", "buffer"))
+
+
+def _describe(joint: JointGraph, node: fx.Node) -> SavedValue:
+    kind = joint.input_of(node).kind if node.op == "placeholder" else "activation"
+    name = joint.input_of(node).name if node.op == "placeholder" else node.name
+    return SavedValue(
+        name=name,
+        operator=target_name(node) if node.op == "call_function" else node.op,
+        shape=shape_text(node.meta.get("val")),
+        bytes=tensor_bytes(node.meta.get("val")),
+        kind=kind,
+        location=location(node),
+        readers=tuple(dict.fromkeys(target_name(n) for n in joint.backward_readers(node))),
+    )

@@ -1,0 +1,77 @@
+"""Names of passes and backends, looked up in static tables and in installed plug-ins.
+
+A plug-in distribution registers passes by an entry point of the group `gtrans.passes`
+(`my-pass = "my_package.my_pass:MyPass"`). Two owners of one name are an error that names both.
+"""
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from gtrans.backends import BACKENDS
+from gtrans.core import Pass
+from gtrans.errors import OptionError, PassError, did_you_mean
+from gtrans.passes import PASSES
+
+_BUILT_IN_PLAN = {"plan": "gtrans.plan.planner:Plan"}
+
+
+def pass_table() -> dict[str, str]:
+    """All known passes: name to "module:Class".
+
+    Raises:
+        PassError: two distributions register the same name.
+    """
+    return _merged({**PASSES, **_BUILT_IN_PLAN}, "gtrans.passes")
+
+
+def backend_table() -> dict[str, str]:
+    """All known backends: name to "module:Class".
+
+    Raises:
+        PassError: two distributions register the same name.
+    """
+    return _merged(dict(BACKENDS), "gtrans.backends")
+
+
+def load_pass(name: str) -> type[Pass[Any]]:
+    """The class of a pass.
+
+    Raises:
+        OptionError: no pass has this name; near names are offered.
+    """
+    table = pass_table()
+    if name not in table:
+        raise OptionError(f"unknown pass {name!r}{did_you_mean(name, table)}")
+    found = _load(table[name])
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise PassError(f"{table[name]}, registered as pass {name!r}, is not a gtrans.Pass")
+    return found
+
+
+def load_backend(name: str) -> Any:
+    """An instance of a backend.
+
+    Raises:
+        OptionError: no backend has this name; near names are offered.
+    """
+    table = backend_table()
+    if name not in table:
+        raise OptionError(f"unknown backend {name!r}{did_you_mean(name, table)}")
+    return _load(table[name])()
+
+
+def _merged(table: dict[str, str], group: str) -> dict[str, str]:
+    for point in entry_points(group=group):
+        if table.get(point.name, point.value) != point.value:
+            raise PassError(
+                f"two owners of {point.name!r} in {group}: {table[point.name]} and {point.value}; "
+                "uninstall one or rename its entry point"
+            )
+        table[point.name] = point.value
+    return table
+
+
+def _load(reference: str) -> Any:
+    module, _, attribute = reference.partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,9 @@
+"""The techniques, one file each, one folder a knob. The table below is the whole registry."""
+
+if __name__ != "gtrans.passes":
+    raise ImportError(f"import 'gtrans.passes', not {__name__!r}")
+
+PASSES: dict[str, str] = {
+    "relu-mask": "gtrans.passes.residual.relu_mask:ReluMask",
+    "bit-masks": "gtrans.passes.residual.bit_masks:BitMasks",
+}
