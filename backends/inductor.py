@@ -39,7 +39,7 @@ class Inductor:
 
     def compile(self, half: Half) -> Runnable:
         """Decomposes the half and compiles it."""
-        module = decomposed(half.module, half.inputs)
+        module = decomposed(half.with_tolerant_views(), half.inputs)
         output = module.graph.output_node()
         output.meta["user_visible_output_idxs"] = list(half.visible_outputs)
         # The backward is compiled at the first backward pass, when no fake mode is active any more.

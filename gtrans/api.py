@@ -8,8 +8,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from gtrans.capture import Compiler, blamed_on_user
-from gtrans.errors import GTransError, ModelError, OptionError
+from gtrans.capture import Compiler, as_captured
+from gtrans.errors import CaptureError, GTransError, ModelError, OptionError
 from gtrans.explanation import Explanation
 from gtrans.ir.joint import JointGraph
 from gtrans.pipeline import Pipeline
@@ -53,7 +53,7 @@ def optimize(
     """
     if on_error not in ("skip", "raise"):
         raise OptionError(f"on_error must be 'skip' or 'raise', got {on_error!r}")
-    _require_trainable(model)
+    require_trainable(model)
     pipeline = Pipeline.parse(passes).without(skip)
     if allow is not None:
         pipeline.require(allow)
@@ -70,7 +70,7 @@ def install(
     """Lets calls of a model go through a compiler. `optimize` is the friendlier way."""
     model.compile(backend=compiler, dynamic=dynamic, fullgraph=fullgraph)
     compiled: Any = model._compiled_call_impl
-    model._compiled_call_impl = blamed_on_user(compiled)
+    model._compiled_call_impl = as_captured(compiled)
     _sessions[model] = compiler
 
 
@@ -116,7 +116,7 @@ def explain(
         OptionError: a pass or option is unknown.
         ModelError: the model has no trainable parameters, or does not accept the inputs.
     """
-    _require_trainable(model)
+    require_trainable(model)
     compiler = Compiler(Pipeline.parse(passes).without(skip), "eager", skip_failures=False)
     capture(model, compiler, inputs, keyword_inputs)
     return Explanation(compiler.pipeline, compiler.captured)
@@ -134,14 +134,30 @@ def capture(
         ModelError: the model does not accept the inputs.
         GTransError: a pass failed.
     """
-    run: Callable[..., Any] = blamed_on_user(torch.compile(model._call_impl, backend=compiler))
+    run: Callable[..., Any] = as_captured(torch.compile(model._call_impl, backend=compiler))
     with unchanged(model), torch.enable_grad():
         try:
-            return run(*inputs, **keyword_inputs)
+            output = run(*inputs, **keyword_inputs)
         except GTransError:
             raise
         except (TypeError, RuntimeError, ValueError, IndexError) as error:
             raise ModelError(f"the model does not accept these inputs: {error}") from error
+    require_captured(model, compiler)
+    return output
+
+
+def require_captured(model: nn.Module, compiler: Compiler) -> None:
+    """Checks that a call of the model went through the compiler at all.
+
+    Raises:
+        CaptureError: Dynamo captured nothing, so the model ran as plain Python.
+    """
+    if not any(c.training for c in compiler.captured):
+        raise CaptureError(
+            f"nothing of {type(model).__name__}'s training step was captured: Dynamo ran it as plain "
+            "Python. TORCH_LOGS=graph_breaks shows why; the model must also be called with "
+            "gradients enabled"
+        )
 
 
 @contextmanager
@@ -164,7 +180,12 @@ def graphs(explanation: Explanation) -> list[JointGraph]:
     return [c.rewritten for c in explanation.captured if c.rewritten is not None]
 
 
-def _require_trainable(model: nn.Module) -> None:
+def require_trainable(model: nn.Module) -> None:
+    """Checks that there is something to train.
+
+    Raises:
+        ModelError: the model is no module, or all its parameters are frozen.
+    """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if not any(p.requires_grad for p in model.parameters()):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
@@ -26,7 +27,6 @@ from gtrans.ir.normal_form import normalise
 from gtrans.ir.source import readable_path
 from gtrans.pipeline import Gate, Observer, Pipeline, Step
 from gtrans.plan.cut import read_directly
-from gtrans.plan.order import recompute_late
 from gtrans.plan.planner import Plan
 from gtrans.plan.saved import SavedValue, saved_bytes, saved_values
 from gtrans.registry import load_backend
@@ -223,8 +223,6 @@ def split(joint: JointGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
         saved_sym_nodes=symbols,
         num_fwd_outputs=joint.signature.num_forward_outputs,
     )
-    recompute_late(backward.graph)
-    backward.recompile()
     return forward, backward
 
 
@@ -299,15 +297,17 @@ def _static_inputs(module: fx.GraphModule, role: Role) -> list[int]:
     return list(context.fw_metadata.static_input_indices or [])
 
 
-def blamed_on_user(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a compiled call so that an error of gtrans reaches the user as itself.
+def as_captured(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a call that `torch.compile` made, for capture as gtrans wants it.
 
-    Dynamo wraps whatever a backend raises in an error of its own.
+    Recurrent layers are captured (Dynamo leaves them out by default), and an error of gtrans reaches
+    the user as itself (Dynamo wraps what a backend raises in an error of its own).
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return compiled(*args, **kwargs)
+            with dynamo_config.patch(allow_rnn=True):
+                return compiled(*args, **kwargs)
         except BackendCompilerFailed as error:
             inner = error.inner_exception
             if isinstance(inner, GTransError):

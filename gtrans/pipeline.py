@@ -26,7 +26,7 @@ from gtrans.registry import load_pass, pass_table
 
 Graph = JointGraph | ForwardGraph
 
-DEFAULT = "relu-mask,plan"
+DEFAULT = "relu-mask,norm-output,dropout-output,plan"
 """The pipeline of `optimize(model)`: exact passes only."""
 
 ALIASES = {"default": DEFAULT, "none": ""}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from gtrans.api import _require_trainable, install
+from gtrans.api import install, require_captured, require_trainable
 from gtrans.capture import Compiler
 from gtrans.contract import Contract, Exact
 from gtrans.errors import ModelError, VerifyError
@@ -65,7 +65,7 @@ class Verification:
     @property
     def worst(self) -> Comparison:
         """The comparison with the largest relative difference."""
-        return max(self.comparisons, key=lambda c: (c.relative / c.bound, c.relative))
+        return max(self.comparisons, key=lambda c: (not c.ok, c.relative))
 
     def gradients(self, dtype: torch.dtype) -> list[Comparison]:
         """The gradient comparisons of one dtype."""
@@ -170,7 +170,7 @@ def compare(
     dtypes: Sequence[torch.dtype | None] = (torch.float64, None),
 ) -> Verification:
     """`verify` with a ready pipeline, a choice of rewrites, and dtypes (None: the model's own)."""
-    _require_trainable(model)
+    require_trainable(model)
     comparisons: list[Comparison] = []
     notes: list[str] = []
     explanation: Explanation | None = None
@@ -189,6 +189,7 @@ def compare(
                 continue
             raise ModelError(f"the model does not accept these inputs: {error}") from error
         actual = _step(candidate, arguments, loss, seed)
+        require_captured(model, compiler)
         explanation = Explanation(compiler.pipeline, compiler.captured)
         if gate is not None:
             gate.seen = compiler.gate.seen

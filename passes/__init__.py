@@ -5,5 +5,7 @@ if __name__ != "gtrans.passes":
 
 PASSES: dict[str, str] = {
     "relu-mask": "gtrans.passes.residual.relu_mask:ReluMask",
+    "dropout-output": "gtrans.passes.residual.dropout_output:DropoutOutput",
+    "norm-output": "gtrans.passes.residual.norm_output:NormOutput",
     "bit-masks": "gtrans.passes.residual.bit_masks:BitMasks",
 }

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import fx
 
 Role = Literal["forward", "backward", "inference"]
@@ -30,6 +31,20 @@ class Half:
     role: Role
     visible_outputs: Sequence[int] = ()
     static_inputs: Sequence[int] = field(default=())
+
+    def with_tolerant_views(self) -> fx.GraphModule:
+        """A copy of the graph in which `view` copies where strides demand it.
+
+        Fake kernels, real ones and decompositions do not always agree on strides (in torch 2.13:
+        batch norm of a transposed input, concatenation with an empty tensor), so a view that was
+        legal when traced may be illegal when run. On a functional graph `reshape` computes the same.
+        """
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.module.graph, {}))
+        graph.output_node().meta = dict(self.module.graph.output_node().meta)
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+            node.target = torch.ops.aten.reshape.default
+        return fx.GraphModule(self.module, graph)
 
 
 class Backend(Protocol):

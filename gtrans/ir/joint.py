@@ -10,12 +10,14 @@ torch's own keys (`seq_nr`, `partitioner_tag`) go stale as soon as a pass insert
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from gtrans.errors import GraphError
 from gtrans.ir import ops
@@ -87,6 +89,28 @@ class Region:
     backward: tuple[fx.Node, ...]
 
 
+@dataclass(frozen=True)
+class Offer:
+    """Another way to get a forward value in the backward: a function of other forward values.
+
+    Attributes:
+        function: plain torch code that returns the value, up to the contract of the offering pass.
+        inputs: its arguments, nodes and constants.
+        passes_over_memory: its cost, in writes of the value.
+        made_by: name of the offering pass.
+    """
+
+    function: Callable[..., torch.Tensor]
+    inputs: tuple[Any, ...]
+    passes_over_memory: float = 1.0
+    made_by: str = ""
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The forward values it needs."""
+        return [a for a in self.inputs if isinstance(a, fx.Node)]
+
+
 class JointGraph:
     """A typed view of a joint graph, with the edits that passes need.
 
@@ -102,6 +126,7 @@ class JointGraph:
         self.module = module
         self.signature = signature
         self.cut: tuple[fx.Node, ...] | None = None
+        self.offers: dict[fx.Node, Offer] = {}
         self.author = ""
         placeholders = module.graph.find_nodes(op="placeholder")
         count = len(signature.inputs)
@@ -230,6 +255,48 @@ class JointGraph:
         with self.graph.inserting_before(anchor):
             return self._call(anchor, target, args, kwargs)
 
+    def splice_before(
+        self, anchor: fx.Node, function: Callable[..., Any], *args: Any
+    ) -> tuple[fx.Node, ...]:
+        """Traces a function of tensors and inserts its operators right before a node.
+
+        Args:
+            anchor: where to insert.
+            function: plain torch code; returns a tensor or a tuple of tensors.
+            args: nodes of this graph, or constants.
+
+        Returns:
+            The nodes that hold the results.
+        """
+        positions = [i for i, a in enumerate(args) if isinstance(a, fx.Node)]
+        inputs = [args[i] for i in positions]
+
+        def of_tensors(*values: torch.Tensor) -> Any:
+            full = list(args)
+            for position, value in zip(positions, values, strict=True):
+                full[position] = value
+            return function(*full)
+
+        with self._fake_mode(inputs) or nullcontext():
+            traced = make_fx(of_tensors)(*[n.meta["val"] for n in inputs])
+        made: dict[fx.Node, Any] = dict(
+            zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True)
+        )
+        for node in traced.graph.nodes:
+            if node.op == "call_function":
+                inner = fx.map_arg((node.args, node.kwargs), lambda n: made[n])
+                made[node] = self.insert_before(anchor, node.target, *inner[0], **inner[1])
+        results = traced.graph.output_node().args[0]
+        return tuple(made[r] for r in (results if isinstance(results, tuple) else (results,)))
+
+    def splice_after(
+        self, anchor: fx.Node, function: Callable[..., Any], *args: Any
+    ) -> tuple[fx.Node, ...]:
+        """`splice_before` the node that follows."""
+        if anchor.op == "placeholder":
+            anchor = (*self.primals, *self.tangents)[-1]
+        return self.splice_before(anchor.next, function, *args)
+
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Lets every user of `old` read `new` instead, and erases `old`.
 
@@ -252,8 +319,13 @@ class JointGraph:
             self._retag(user)
 
     def erase(self, node: fx.Node) -> None:
-        """Erases a node that nobody uses."""
+        """Erases a node that nobody uses, and the offers that involve it."""
         self.graph.erase_node(node)
+        self.offers = {
+            value: offer
+            for value, offer in self.offers.items()
+            if value is not node and node not in offer.nodes
+        }
         self.cut = None
 
     def save_for_backward(self, node: fx.Node) -> None:
@@ -275,11 +347,42 @@ class JointGraph:
         node.meta[TAG] = replace(tag(node), placement=placement)
         self.cut = None
 
+    def offer(
+        self,
+        value: fx.Node,
+        function: Callable[..., torch.Tensor],
+        *inputs: Any,
+        passes_over_memory: float = 1.0,
+    ) -> None:
+        """Offers the planner another way to get a forward value in the backward.
+
+        The forward keeps computing the value as it did. Where the planner takes the offer, the
+        backward reads `function(*inputs)` instead of a saved copy. The last offer for a value holds.
+
+        Args:
+            value: a forward tensor that the backward may need.
+            function: plain torch code that computes it.
+            inputs: forward values of this graph, and constants.
+            passes_over_memory: cost of the function, in writes of the value.
+
+        Raises:
+            GraphError: the value or an input depends on a tangent.
+        """
+        offer = Offer(function, inputs, passes_over_memory, self.author)
+        for node in (value, *offer.nodes):
+            if not self.is_forward(node):
+                raise GraphError(f"{node.name} is a backward node; offers are about forward values")
+        self.offers[value] = offer
+        self.cut = None
+
     def eliminate_dead_code(self) -> int:
-        """Erases the nodes that nothing reads; returns how many. Effects are kept."""
+        """Erases the nodes that nothing reads; returns how many. Effects and offers are kept."""
         before = len(self.graph.nodes)
-        self.graph.eliminate_dead_code(is_impure_node=_must_stay)
-        return before - len(self.graph.nodes)
+        wanted = {n for offer in self.offers.values() for n in offer.nodes}
+        self.graph.eliminate_dead_code(is_impure_node=lambda n: n in wanted or _must_stay(n))
+        remaining = set(self.graph.nodes)
+        self.offers = {v: o for v, o in self.offers.items() if v in remaining}
+        return before - len(remaining)
 
     def copy(self) -> "JointGraph":
         """An independent copy of the nodes; values (fake tensors) and constants are shared."""
@@ -290,6 +393,10 @@ class JointGraph:
         module = fx.GraphModule(self.module, graph)
         twin = JointGraph(module, self.signature)
         twin.cut = None if self.cut is None else tuple(made[n] for n in self.cut)
+        twin.offers = {
+            made[value]: replace(offer, inputs=fx.map_arg(offer.inputs, lambda n: made[n]))
+            for value, offer in self.offers.items()
+        }
         return twin
 
     # ------------------------------------------------------------------ private
@@ -317,19 +424,16 @@ class JointGraph:
 
     def _value_of(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        mode = next(
-            (
-                val.fake_mode
-                for n in (*self.primals, *self.tangents, *node.all_input_nodes)
-                if isinstance(val := n.meta.get("val"), torch._subclasses.FakeTensor)
-            ),
-            None,
-        )
         target: Any = node.target
-        if mode is None:
+        with self._fake_mode(node.all_input_nodes) or nullcontext():
             return target(*args, **kwargs)
-        with mode:
-            return target(*args, **kwargs)
+
+    def _fake_mode(self, nodes: Iterable[fx.Node]) -> Any:
+        for node in (*nodes, *self.primals, *self.tangents):
+            val = node.meta.get("val")
+            if isinstance(val, torch._subclasses.FakeTensor):
+                return val.fake_mode
+        return None
 
     def _retag(self, node: fx.Node) -> None:
         """Derives the side of a node from its inputs, and of its users if it changed."""

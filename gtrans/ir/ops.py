@@ -74,6 +74,11 @@ def is_getitem(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 
 
+def parts(node: fx.Node) -> dict[int, fx.Node]:
+    """The values taken out of a tuple-valued node, by position, as far as anything reads them."""
+    return {u.args[1]: u for u in node.users if is_getitem(u) and isinstance(u.args[1], int)}
+
+
 def is_view(node: fx.Node) -> bool:
     """Whether the node's result shares storage with its first argument."""
     op = overload(node)

@@ -33,7 +33,7 @@ from gtrans.ir.joint import JointGraph, Placement, tag
 from gtrans.ir.sizes import tensor_bytes
 
 RecomputeCost = Callable[[fx.Node], float | None]
-"""Cost of running a node again, in bytes' worth of memory; None forbids it."""
+"""Cost of getting a node again (by its offer, if it has one), in saved bytes; None forbids it."""
 
 # scipy's maximum flow takes 32-bit capacities; a path longer than this many units is infinite.
 _INFINITE = 2**30
@@ -62,15 +62,28 @@ def minimum_cut(joint: JointGraph, cost: RecomputeCost) -> tuple[fx.Node, ...]:
 def read_directly(joint: JointGraph) -> tuple[fx.Node, ...]:
     """What autograd would keep: every forward value that a backward node reads, through views."""
     saved: dict[fx.Node, None] = {}
-    for node in joint.graph.nodes:
-        if not joint.is_backward(node):
+    pending = [
+        source
+        for node in joint.graph.nodes
+        if joint.is_backward(node)
+        for source in ops.tensor_inputs(node)
+    ]
+    pending += [g for g in joint.gradients if g is not None]
+    while pending:
+        source = pending.pop()
+        if not joint.is_forward(source):
             continue
-        for source in ops.tensor_inputs(node):
-            if joint.is_forward(source):
-                saved[storage_of(source)] = None
-    for source in _gradients_without_tangent(joint):
-        saved[storage_of(source)] = None
+        if tag(source).placement is Placement.REBUILT:
+            pending += ops.tensor_inputs(source)
+        else:
+            saved[storage_of(source)] = None
     return tuple(sorted(saved))
+
+
+def recipe(joint: JointGraph, node: fx.Node) -> list[fx.Node]:
+    """The values a node is computed from if it is computed again: those of an offer, if any."""
+    offer = joint.offers.get(node)
+    return ops.tensor_inputs(node) if offer is None else offer.nodes
 
 
 def storage_of(node: fx.Node) -> fx.Node:
@@ -78,10 +91,6 @@ def storage_of(node: fx.Node) -> fx.Node:
     while ops.is_view(node) or (ops.is_getitem(node) and ops.is_view(node.all_input_nodes[0])):
         node = node.all_input_nodes[0]
     return node
-
-
-def _gradients_without_tangent(joint: JointGraph) -> list[fx.Node]:
-    return [g for g in joint.gradients if g is not None and joint.is_forward(g)]
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class _Network:
         self.values = [n for n in joint.graph.nodes if joint.is_forward(n) and not ops.is_symbol(n)]
         self.index = {n: 2 + 2 * i for i, n in enumerate(self.values)}
         self.edges: list[_Edge] = []
-        self.needed = set(_gradients_without_tangent(joint))
+        self.needed = {g for g in joint.gradients if g is not None and joint.is_forward(g)}
         self.overwritten = {storage_of(n.all_input_nodes[0]) for n in self.values if ops.mutates(n)}
 
     def add(self, node: fx.Node, cost: RecomputeCost) -> None:
@@ -110,10 +119,11 @@ class _Network:
         if placement is Placement.REBUILT:
             self._edge(v_in, 1, np.inf)
         else:
-            self._edge(0, v_in, np.inf if placement is Placement.SAVED else _recompute(node, cost))
+            price = self._price(node, cost)
+            self._edge(0, v_in, np.inf if placement is Placement.SAVED else price)
         if placement is Placement.SAVED or node in self.needed or self._is_read_backward(node):
             self._edge(v_out, 1, np.inf)
-        for source in ops.tensor_inputs(node):
+        for source in recipe(self.joint, node):
             self._edge(self.index[source] + 1, v_in, np.inf)
 
     def solve(self) -> tuple[fx.Node, ...]:
@@ -160,14 +170,14 @@ class _Network:
             return np.inf
         return max(1.0, float(tensor_bytes(val)))
 
+    def _price(self, node: fx.Node, cost: RecomputeCost) -> float:
+        if node not in self.joint.offers:
+            if node.op in ("placeholder", "get_attr") or ops.is_effect(node) or ops.is_random(node):
+                return np.inf
+            if ops.is_view(node) or ops.is_getitem(node):
+                return 0.0
+        price = cost(node)
+        return np.inf if price is None else price
+
     def _is_read_backward(self, node: fx.Node) -> bool:
         return any(self.joint.is_backward(u) for u in node.users)
-
-
-def _recompute(node: fx.Node, cost: RecomputeCost) -> float:
-    if node.op in ("placeholder", "get_attr") or ops.is_effect(node) or ops.is_random(node):
-        return np.inf
-    if ops.is_view(node) or ops.is_getitem(node):
-        return 0.0
-    price = cost(node)
-    return np.inf if price is None else price

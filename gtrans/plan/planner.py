@@ -19,6 +19,7 @@ from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import human, tensor_bytes
 from gtrans.plan.cut import minimum_cut, read_directly
+from gtrans.plan.realise import realise
 from gtrans.plan.saved import saved_bytes
 
 # Writes and reads of a row-wise operator, relative to a pointwise one: two passes over its row.
@@ -53,22 +54,25 @@ class Plan(Pass[JointGraph]):
         """Fixes the cut of the graph."""
         plain = read_directly(graph)
         stats = Stats(matched=len(plain))
-        if self.recompute == "none":
-            graph.cut = plain
+        if self.recompute == "none" or not permitted("the cut"):
+            if self.recompute != "none":
+                stats.skipped[HELD_BACK] += 1
+            realise(graph, plain)
             return stats
-        if not permitted("the cut"):
-            graph.cut = plain
-            stats.skipped[HELD_BACK] += 1
-            return stats
-        graph.cut = minimum_cut(graph, self.cost)
-        stats.rewritten = len(set(plain) - set(graph.cut))
-        before, after = saved_bytes(graph, plain), saved_bytes(graph, graph.cut)
-        stats.notes.append(f"saved for backward: {human(before)} -> {human(after)}")
+        cut = minimum_cut(graph, lambda node: self.cost(graph, node))
+        stats.rewritten = len(set(plain) - set(cut))
+        before, after = saved_bytes(graph, plain), saved_bytes(graph, cut)
+        count = realise(graph, cut)
+        stats.notes.append(
+            f"saved for backward: {human(before)} -> {human(after)}, {count} operators run again"
+        )
         return stats
 
-    def cost(self, node: fx.Node) -> float | None:
-        """Price of running a node again, in saved bytes; None where it is not cheap."""
+    def cost(self, graph: JointGraph, node: fx.Node) -> float | None:
+        """Price of getting a value again, in saved bytes; None where it is not cheap."""
         written = tensor_bytes(node.meta["val"])
+        if (offer := graph.offers.get(node)) is not None:
+            return self.price * offer.passes_over_memory * written
         if ops.is_pointwise(node) or ops.is_fill(node) or _is_copy(node):
             return self.price * written
         if node.target in ops.ROWWISE:
