@@ -3,6 +3,7 @@
 This file and `backends/` are the only places that import private modules of torch.
 """
 
+import inspect
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
@@ -297,6 +299,39 @@ def _static_inputs(module: fx.GraphModule, role: Role) -> list[int]:
     if role == "backward" or context is None or context.fw_metadata is None:
         return []
     return list(context.fw_metadata.static_input_indices or [])
+
+
+def compiled_call(
+    model: nn.Module,
+    compiler: Compiler,
+    *,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+) -> Callable[..., Any]:
+    """A model's call, hooks included, through a compiler; errors of gtrans reach the user as such.
+
+    Dynamo neither traces frames of torch's own modules (`nn.Sequential`) nor, by default, keeps
+    more than eight compilations of one `forward`, whichever models and backends they belong to:
+    past that it runs the model uncompiled, without an error. Hence a frame of our own around the
+    former, and a cache of its own for each call where torch offers that (from 2.13).
+    """
+    call: Callable[..., Any] = model._call_impl
+    if trace_rules.check(model.forward):
+        call = _with_own_frame(call)
+    options: dict[str, Any] = {}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        options["isolate_recompiles"] = True
+    return blamed_on_user(
+        torch.compile(call, backend=compiler, dynamic=dynamic, fullgraph=fullgraph, **options)
+    )
+
+
+def _with_own_frame(call: Callable[..., Any]) -> Callable[..., Any]:
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    outer.__code__ = outer.__code__.replace()  # Dynamo keeps its cache in the code object
+    return outer
 
 
 def blamed_on_user(compiled: Callable[..., Any]) -> Callable[..., Any]:

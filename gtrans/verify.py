@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from gtrans.api import _require_trainable, install
 from gtrans.capture import Compiler
 from gtrans.contract import Contract, Exact
-from gtrans.errors import ModelError, VerifyError
+from gtrans.errors import CaptureError, ModelError, VerifyError
 from gtrans.explanation import Explanation
 from gtrans.pipeline import Gate, Pipeline
 
@@ -189,6 +189,10 @@ def compare(
                 continue
             raise ModelError(f"the model does not accept these inputs: {error}") from error
         actual = _step(candidate, arguments, loss, seed)
+        if not compiler.captured:
+            raise CaptureError(
+                f"Dynamo captured no graph of {type(model).__name__}, so nothing was compared"
+            )
         explanation = Explanation(compiler.pipeline, compiler.captured)
         if gate is not None:
             gate.seen = compiler.gate.seen
