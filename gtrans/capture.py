@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo import config as dynamo_config
 from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
@@ -79,14 +80,14 @@ class Compiler:
 
     Args:
         pipeline: the passes to run. A `plan` is added at the end if it has none.
-        backend: name of the lowering.
+        backend: name of the lowering, or a lowering.
         skip_failures: train on without a pass that fails, after a warning.
         gate: which rewrites to perform (for bisection); all by default.
         observers: called after every pass on every graph.
     """
 
     pipeline: Pipeline
-    backend: str = "inductor"
+    backend: str | Backend = "inductor"
     skip_failures: bool = True
     gate: Gate = field(default_factory=Gate)
     observers: Sequence[Observer] = ()
@@ -95,7 +96,8 @@ class Compiler:
     def __post_init__(self) -> None:
         if not any(isinstance(p, Plan) for p in self.pipeline.passes):
             self.pipeline = Pipeline((*self.pipeline.passes, Plan()))
-        self._lowering = usable_backend(self.backend)
+        chosen = self.backend
+        self._lowering = usable_backend(chosen) if isinstance(chosen, str) else chosen
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         """Called by Dynamo with one captured forward graph and its inputs."""
@@ -342,7 +344,8 @@ def blamed_on_user(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return compiled(*args, **kwargs)
+            with dynamo_config.patch(allow_rnn=True):  # by default Dynamo leaves recurrences out
+                return compiled(*args, **kwargs)
         except BackendCompilerFailed as error:
             inner = error.inner_exception
             if isinstance(inner, GTransError):
