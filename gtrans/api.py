@@ -1,6 +1,6 @@
 """What users call: `optimize`, `restore`, `explain` and `report`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from gtrans.capture import Compiler, as_captured
+from gtrans.capture import Compiler, compiled_call
 from gtrans.errors import CaptureError, GTransError, ModelError, OptionError
 from gtrans.explanation import Explanation
 from gtrans.ir.joint import JointGraph
@@ -68,9 +68,8 @@ def install(
     model: nn.Module, compiler: Compiler, *, dynamic: bool | None = None, fullgraph: bool = False
 ) -> None:
     """Lets calls of a model go through a compiler. `optimize` is the friendlier way."""
-    model.compile(backend=compiler, dynamic=dynamic, fullgraph=fullgraph)
-    compiled: Any = model._compiled_call_impl
-    model._compiled_call_impl = as_captured(compiled)
+    call: Any = compiled_call(model, compiler, dynamic=dynamic, fullgraph=fullgraph)
+    model._compiled_call_impl = call
     _sessions[model] = compiler
 
 
@@ -134,7 +133,7 @@ def capture(
         ModelError: the model does not accept the inputs.
         GTransError: a pass failed.
     """
-    run: Callable[..., Any] = as_captured(torch.compile(model._call_impl, backend=compiler))
+    run = compiled_call(model, compiler)
     with unchanged(model), torch.enable_grad():
         try:
             output = run(*inputs, **keyword_inputs)

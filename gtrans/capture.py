@@ -3,6 +3,7 @@
 This file and `backends/` are the only places that import private modules of torch.
 """
 
+import inspect
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo import config as dynamo_config
+from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
@@ -77,14 +79,14 @@ class Compiler:
 
     Args:
         pipeline: the passes to run. A `plan` is added at the end if it has none.
-        backend: name of the lowering.
+        backend: name of the lowering, or a lowering.
         skip_failures: train on without a pass that fails, after a warning.
         gate: which rewrites to perform (for bisection); all by default.
         observers: called after every pass on every graph.
     """
 
     pipeline: Pipeline
-    backend: str = "inductor"
+    backend: str | Backend = "inductor"
     skip_failures: bool = True
     gate: Gate = field(default_factory=Gate)
     observers: Sequence[Observer] = ()
@@ -93,7 +95,8 @@ class Compiler:
     def __post_init__(self) -> None:
         if not any(isinstance(p, Plan) for p in self.pipeline.passes):
             self.pipeline = Pipeline((*self.pipeline.passes, Plan()))
-        self._lowering = usable_backend(self.backend)
+        chosen = self.backend
+        self._lowering = usable_backend(chosen) if isinstance(chosen, str) else chosen
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         """Called by Dynamo with one captured forward graph and its inputs."""
@@ -297,11 +300,46 @@ def _static_inputs(module: fx.GraphModule, role: Role) -> list[int]:
     return list(context.fw_metadata.static_input_indices or [])
 
 
+def compiled_call(
+    model: nn.Module,
+    compiler: Compiler,
+    *,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+) -> Callable[..., Any]:
+    """A model's call, hooks included, through a compiler; errors of gtrans reach the user as such.
+
+    Dynamo neither traces frames of torch's own modules (`nn.Sequential`) nor, by default, keeps
+    more than eight compilations of one `forward`, whichever models and backends they belong to:
+    past that it runs the model uncompiled, without an error. Hence a frame of our own around the
+    former, and a cache of its own for each call where torch offers that (from 2.13).
+    """
+    call: Callable[..., Any] = model._call_impl
+    if trace_rules.check(model.forward):
+        call = _with_own_frame(model)
+    options: dict[str, Any] = {}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        options["isolate_recompiles"] = True
+    return as_captured(
+        torch.compile(call, backend=compiler, dynamic=dynamic, fullgraph=fullgraph, **options)
+    )
+
+
+def _with_own_frame(model: nn.Module) -> Callable[..., Any]:
+    self = model  # Dynamo writes this name into paths, and everywhere else a model is `self`
+
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        return self._call_impl(*args, **kwargs)
+
+    entry.__code__ = entry.__code__.replace()  # Dynamo keeps its cache in the code object
+    return entry
+
+
 def as_captured(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a call that `torch.compile` made, for capture as gtrans wants it.
 
-    Recurrent layers are captured (Dynamo leaves them out by default), and an error of gtrans reaches
-    the user as itself (Dynamo wraps what a backend raises in an error of its own).
+    Recurrent layers are captured (by default Dynamo leaves them out), and an error of gtrans
+    reaches the user as itself (Dynamo wraps what a backend raises in an error of its own).
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -76,10 +76,19 @@ HELD_BACK = "held back by the rewrite limit"
 
 
 class Pass(ABC, Generic[GraphT]):
-    """Base class of all passes: a frozen dataclass whose fields are its options."""
+    """Base class of all passes: a frozen dataclass whose fields are its options.
+
+    Attributes:
+        name: as it is written in pipelines; the file and the test are named after it.
+        knob: what of a training step it edits.
+        works_on: the kind of graph its `run` takes.
+        linear: whether the rewritten backward is linear in the incoming cotangent. Accumulating
+            gradients over several batches or workers is right only for passes that are.
+    """
 
     name: ClassVar[str]
     knob: ClassVar[Knob]
+    linear: ClassVar[bool] = True
     works_on: ClassVar[type[JointGraph] | type[ForwardGraph]] = JointGraph
 
     @property

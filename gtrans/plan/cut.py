@@ -19,7 +19,7 @@ Source: the construction is the one of torch's min-cut partitioner plus the reco
 project selection (Picard 1976), which torch's lacks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,9 +28,11 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 from torch import fx
 
+from gtrans.errors import PlanError
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph, Placement, tag
 from gtrans.ir.sizes import tensor_bytes
+from gtrans.ir.source import location
 
 RecomputeCost = Callable[[fx.Node], float | None]
 """Cost of getting a node again (by its offer, if it has one), in saved bytes; None forbids it."""
@@ -52,11 +54,28 @@ def minimum_cut(joint: JointGraph, cost: RecomputeCost) -> tuple[fx.Node, ...]:
 
     Returns:
         Tensor-valued forward nodes. Symbolic sizes are not among them: they are always available.
+
+    Raises:
+        PlanError: what passes fixed cannot be kept, such as rebuilding a random draw.
     """
     network = _Network(joint)
     for node in network.values:
         network.add(node, cost)
-    return network.solve()
+    return used_by_backward(joint, network.solve())
+
+
+def used_by_backward(joint: JointGraph, cut: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+    """The values of a cut that the backward reads, itself or to compute others again."""
+    kept = set(cut)
+    pending = [s for n in joint.graph.nodes if joint.is_backward(n) for s in n.all_input_nodes]
+    pending += [g for g in joint.gradients if g is not None]
+    seen: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node not in seen and joint.is_forward(node):
+            seen.add(node)
+            pending += [] if node in kept else recipe(joint, node)
+    return tuple(n for n in cut if n in seen)
 
 
 def read_directly(joint: JointGraph) -> tuple[fx.Node, ...]:
@@ -150,9 +169,22 @@ class _Network:
         residual = csr_array(matrix - flow)
         residual.eliminate_zeros()
         reached = set(breadth_first_order(residual, 0, return_predecessors=False).tolist())
+        self._require_finite(reached)
         return tuple(
             n for n in self.values if self.index[n] in reached and self.index[n] + 1 not in reached
         )
+
+    def _require_finite(self, reached: set[int]) -> None:
+        """No infinite edge may be cut; if one is, no choice keeps what passes fixed."""
+        for e in self.edges:
+            if not np.isfinite(e.capacity) and e.start in reached and e.end not in reached:
+                node = self.values[(max(e.start, e.end) - 2) // 2]
+                raise PlanError(
+                    f"no plan keeps what was asked of {node.name} ({location(node)}): it can "
+                    "neither be saved nor computed again in the backward. Views and tuples are "
+                    "not saved themselves, random draws are not repeated, and an input that the "
+                    "forward overwrites is gone by then"
+                )
 
     def _edge(self, start: int, end: int, capacity: float) -> None:
         self.edges.append(_Edge(start, end, capacity))

@@ -1,7 +1,7 @@
 """Keep ReLU's sign mask for the backward pass instead of ReLU's output.
 
     y  = relu(x)                              y   = relu(x)
-                                              off = le(y, 0)                 # saved, 1 byte
+                                              off = le(y, 0)         # 1 byte, if kept
     dx = threshold_backward(dy, y, 0)   -->   dx  = masked_fill(dy, off, 0)
 
 Shapes: x, y, dx, dy: [*s] of one floating dtype; off: [*s] bool.
@@ -69,7 +69,7 @@ class ReluMask(SitePass[JointGraph]):
         """Lets the backward read the mask."""
         dy, y, _ = site.args
         assert isinstance(y, fx.Node)
+        # Left to the planner: where y costs nothing to compute again, the mask is not kept either.
         off = graph.insert_after(y, aten.le.Scalar, y, 0)
-        graph.save_for_backward(off)
         dx = graph.insert_before(site, aten.masked_fill.Scalar, dy, off, 0)
         graph.replace(site, dx)

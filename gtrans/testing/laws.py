@@ -1,0 +1,565 @@
+"""The laws that every pass must keep, one function each, and `check_pass`, which runs them.
+
+What a pass must keep follows from its knob and its contract; no law needs a line by its author:
+
+    law                               holds for
+    reports_what_it_does              every pass
+    running_twice_changes_nothing     every pass
+    graph_does_not_depend_on_values   every pass
+    saved_bytes_are_as_predicted      every pass
+    any_cut_gives_the_same            every pass that works on joint graphs
+    forward_is_unchanged              every knob but operator and parameters
+    saves_no_more                     knob residual
+    linear_in_the_cotangent           passes with `linear = True` (the default)
+    gradient_keeps_the_contract       every pass, by its contract:
+        exact        every element, in float64 and in the working type; if bitwise, every bit
+        close        the relative error of every gradient
+        unbiased     a z-test over seeds on fixed probes; a draw without variance is refused
+        iterative    exact where it claims to be, finite elsewhere
+        the others   finite
+
+The reference is the same model through the same backend without the pass, and plain autograd.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from gtrans.contract import Close, Contract, Exact, Iterative, Unbiased
+from gtrans.core import Knob, Pass, Stats
+from gtrans.errors import VerifyError
+from gtrans.pipeline import Gate, Graph, Pipeline, Step
+from gtrans.plan.planner import Plan
+from gtrans.testing.measure import Cotangents, Record, Runner, Values, other_values
+from gtrans.testing.placement import RandomPlacement, graph_text
+
+_PLAIN = Pipeline((Plan(recompute="none"),))
+_FORWARD_KNOBS = frozenset({Knob.RESIDUAL, Knob.RULE, Knob.WIRE, Knob.SCHEDULE})
+_DRAWS = 300
+_PROBES = 8
+# Largest |z| of eight probes under the null hypothesis, once in about 100,000 tests.
+_LARGEST_Z = 4.8
+_CUTS = 1
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One step without the pass and one with it, in one dtype."""
+
+    before: Record
+    after: Record
+
+
+@dataclass
+class Case:
+    """One pass (or several) on one model, with the runs that the laws share.
+
+    Args:
+        pipeline: the passes to check.
+        model: the model; it stays as it is.
+        inputs: its positional inputs.
+        seed: of the random state during steps.
+    """
+
+    pipeline: Pipeline
+    model: nn.Module
+    inputs: Sequence[Any]
+    seed: int = 0
+    log: "Log" = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Dynamo reuses what it compiled for another model with the same code; not here.
+        torch.compiler.reset()
+        self.log = Log(self.pipeline)
+
+    @cached_property
+    def candidate(self) -> Runner:
+        """The model through the passes, in its own dtype."""
+        return Runner(self.model, self.inputs, self.pipeline, observers=(self.log.observe,))
+
+    @cached_property
+    def working(self) -> Pair:
+        """The steps in the model's own dtype."""
+        before = Runner(self.model, self.inputs, _PLAIN).step(self.seed)
+        return Pair(before, self.candidate.step(self.seed))
+
+    @cached_property
+    def wide_reference(self) -> Runner:
+        """Plain autograd in float64."""
+        return Runner(self.model, self.inputs, None, torch.float64)
+
+    @cached_property
+    def wide_candidate(self) -> Runner:
+        """The model through the passes in float64."""
+        return Runner(self.model, self.inputs, self.pipeline, torch.float64)
+
+    @property
+    def contract(self) -> Contract:
+        """The contract of the passes that rewrote something in this model."""
+        _ = self.working
+        return self.candidate.contract
+
+    @property
+    def knobs(self) -> set[Knob]:
+        """What the passes edit."""
+        return {p.knob for p in self.pipeline.passes}
+
+    def followed_by(self, *more: Pass[Any]) -> Pipeline:
+        """The passes under test, less their plan, and then others."""
+        kept = [p for p in self.pipeline.passes if not isinstance(p, Plan)]
+        return Pipeline((*kept, *more))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one pass did to one graph, and what it does when run again or not permitted."""
+
+    name: str
+    stats: Stats
+    before: str
+    after: str
+    again: str
+    held_back: str
+    held_back_rewritten: int
+    asked: int
+
+
+@dataclass
+class Log:
+    """Watches a compilation and runs each pass once more on what it left."""
+
+    pipeline: Pipeline
+    entries: list[Entry] = field(default_factory=list)
+
+    def observe(self, step: Step, before: Graph, after: Graph) -> None:
+        """Called by the pipeline after each pass."""
+        found = [p for p in self.pipeline.passes if str(p) == step.text]
+        if not found:
+            return  # the plan that the compiler added
+        only = Pipeline((found[0],))
+        again, _ = only.run(after)
+        asked = Gate()
+        only.run(before, gate=asked)
+        held, steps = only.run(before, gate=Gate(()))
+        self.entries.append(
+            Entry(
+                step.name,
+                step.stats,
+                graph_text(before),
+                graph_text(after),
+                graph_text(again),
+                graph_text(held),
+                steps[0].stats.rewritten,
+                len(asked.seen),
+            )
+        )
+
+
+# ---------------------------------------------------------------------------------------- laws
+
+
+def reports_what_it_does(case: Case) -> None:
+    """The counts of `Stats` fit the graph, and nothing is rewritten that was not permitted.
+
+    Raises:
+        VerifyError: they do not.
+    """
+    _ = case.working
+    for entry in case.log.entries:
+        where, stats = f"pass {entry.name!r}", entry.stats
+        if stats.rewritten + stats.skipped.total() > stats.matched:
+            raise VerifyError(f"{where} reports more rewritten and skipped than matched: {stats}")
+        if stats.rewritten == 0 and entry.after != entry.before:
+            raise VerifyError(
+                f"{where} changed the graph but reports no rewrite:\n"
+                + _first_difference(entry.before, entry.after)
+            )
+        if stats.rewritten and not entry.asked:
+            raise VerifyError(
+                f"{where} rewrote {stats.rewritten} places without asking for permission, so "
+                "bisection cannot find a wrong one; call permitted(site) before each rewrite"
+            )
+        if entry.held_back_rewritten or entry.held_back != entry.before:
+            raise VerifyError(
+                f"{where} rewrites although permission was refused:\n"
+                + _first_difference(entry.before, entry.held_back)
+            )
+
+
+def running_twice_changes_nothing(case: Case) -> None:
+    """P(P(graph)) = P(graph).
+
+    Raises:
+        VerifyError: the second run changed the graph.
+    """
+    _ = case.working
+    for entry in case.log.entries:
+        if entry.again != entry.after:
+            raise VerifyError(
+                f"pass {entry.name!r} is not idempotent; running it again changes the graph:\n"
+                + _first_difference(entry.after, entry.again)
+            )
+
+
+def graph_does_not_depend_on_values(case: Case) -> None:
+    """Other input values of the same shapes give the same graph: no data was captured.
+
+    Raises:
+        VerifyError: the graph is another one.
+    """
+    _ = case.working
+    log = Log(case.pipeline)
+    Runner(case.model, other_values(case.inputs), case.pipeline, observers=(log.observe,)).step(
+        case.seed
+    )
+    for first, second in zip(case.log.entries, log.entries, strict=True):
+        if first.after != second.after:
+            raise VerifyError(
+                f"pass {first.name!r} makes another graph for other input values:\n"
+                + _first_difference(first.after, second.after)
+            )
+
+
+def forward_is_unchanged(case: Case) -> None:
+    """Outputs and buffers are bitwise those without the pass; reassociated for knob operator.
+
+    Raises:
+        VerifyError: an element differs.
+    """
+    pair = case.working
+    for kind, before, after in (
+        ("", pair.before.outputs, pair.after.outputs),
+        ("buffer ", pair.before.buffers, pair.after.buffers),
+    ):
+        if case.knobs <= _FORWARD_KNOBS:
+            _require_bitwise(before, after, f"{case.pipeline}: {kind}")
+        else:
+            _require_near(before, after, f"{case.pipeline}: {kind}", _eps_bound(case))
+
+
+def saved_bytes_are_as_predicted(case: Case) -> None:
+    """The bytes autograd is given to keep are the bytes that the report states.
+
+    Raises:
+        VerifyError: they are not.
+    """
+    _require_predicted(case.working.after, case.candidate, str(case.pipeline))
+
+
+def saves_no_more(case: Case) -> None:
+    """A residual pass never makes the backward keep more, with or without recomputation.
+
+    Raises:
+        VerifyError: it does.
+    """
+    if case.knobs != {Knob.RESIDUAL}:
+        return
+    plans = [p for p in case.pipeline.passes if isinstance(p, Plan)] or [
+        Plan(),
+        Plan(recompute="none"),
+    ]
+    others = [p for p in case.pipeline.passes if not isinstance(p, Plan)]
+    for plan in plans:
+        reference = Pipeline((plan,) if others else (Plan(recompute="none"),))
+        before = Runner(case.model, case.inputs, reference).step(case.seed).saved_bytes
+        after = Runner(case.model, case.inputs, case.followed_by(plan)).step(case.seed).saved_bytes
+        if after > before:
+            raise VerifyError(
+                f"{case.pipeline}: keeps {after} bytes for the backward under {plan}, "
+                f"{before} without the pass"
+            )
+
+
+def any_cut_gives_the_same(case: Case) -> None:
+    """Saving or rebuilding other values changes no bit of any output, buffer or gradient.
+
+    Raises:
+        VerifyError: a bit differs.
+    """
+    expected = case.working.after
+    for seed in range(case.seed, case.seed + _CUTS):
+        pipeline = case.followed_by(RandomPlacement(seed=seed), Plan())
+        runner = Runner(case.model, case.inputs, pipeline)
+        found = runner.step(case.seed)
+        _require_bitwise(expected.outputs, found.outputs, f"{pipeline}: ")
+        _require_bitwise(expected.buffers, found.buffers, f"{pipeline}: buffer ")
+        _require_bitwise(expected.gradients, found.gradients, f"{pipeline}: gradient of ")
+        _require_predicted(found, runner, str(pipeline))
+
+
+def linear_in_the_cotangent(case: Case) -> None:
+    """bwd(2 u - 3 v) = 2 bwd(u) - 3 bwd(v), for passes that do not declare otherwise.
+
+    Raises:
+        VerifyError: it is not.
+    """
+    if not all(p.linear for p in case.pipeline.passes):
+        return
+    runner = case.wide_candidate
+    u = runner.step(case.seed, Cotangents(((1, 1.0),))).gradients
+    v = runner.step(case.seed, Cotangents(((2, 1.0),))).gradients
+    both = runner.step(case.seed, Cotangents(((1, 2.0), (2, -3.0)))).gradients
+    expected = {}
+    for name, value in both.items():
+        a, b = u[name], v[name]
+        expected[name] = None if a is None or b is None else 2 * a - 3 * b
+        if expected[name] is None and value is not None:
+            raise VerifyError(f"{case.pipeline}: gradient of {name} comes and goes")
+    _require_near(
+        expected,
+        both,
+        f"{case.pipeline}: not linear in the cotangent (declare linear = False if that is meant): "
+        "gradient of ",
+        1e-9,
+    )
+
+
+def gradient_keeps_the_contract(case: Case) -> None:
+    """Gradients are what the contract of the passes promises.
+
+    Raises:
+        VerifyError: they are not.
+    """
+    contract = case.contract
+    match contract:
+        case Exact(bitwise=bitwise):
+            _check_exact(case, bitwise)
+        case Close(rtol=rtol):
+            _check_close(case, rtol)
+        case Unbiased():
+            _check_unbiased(case)
+        case Iterative(iterations=done, exact_at=needed) if 0 < needed <= done:
+            _check_exact(case, False)
+        case _:
+            _require_finite(case.working, str(case.pipeline))
+
+
+LAWS: tuple[Callable[[Case], None], ...] = (
+    forward_is_unchanged,
+    gradient_keeps_the_contract,
+    saved_bytes_are_as_predicted,
+    reports_what_it_does,
+    running_twice_changes_nothing,
+    saves_no_more,
+    any_cut_gives_the_same,
+    linear_in_the_cotangent,
+    graph_does_not_depend_on_values,
+)
+
+
+def check_pass(
+    passes: "str | Pass[Any] | Pipeline",
+    model: nn.Module,
+    inputs: Sequence[Any],
+    *,
+    seed: int = 0,
+    laws: Sequence[Callable[[Case], None]] = LAWS,
+) -> int:
+    """Checks every law that holds for the knobs and contracts of some passes on one model.
+
+    Args:
+        passes: a pass, a pipeline, or pipeline text.
+        model: the model; it stays as it is.
+        inputs: its positional inputs.
+        seed: of the random state during steps.
+        laws: the laws to check; all by default.
+
+    Returns:
+        How many places the passes rewrote, so that a test can refuse to have tested nothing.
+
+    Raises:
+        VerifyError: a law is broken; the message names the law, the passes and the tensor.
+        GTransError: a pass failed.
+    """
+    case = Case(as_pipeline(passes), model, inputs, seed)
+    for law in laws:
+        try:
+            law(case)
+        except VerifyError as error:
+            raise VerifyError(f"law {law.__name__!r} is broken. {error}") from error
+    return case.candidate.rewritten
+
+
+def as_pipeline(passes: "str | Pass[Any] | Pipeline") -> Pipeline:
+    """A pipeline from whatever `check_pass` accepts.
+
+    Raises:
+        OptionError: the text names an unknown pass or option.
+    """
+    if isinstance(passes, str):
+        return Pipeline.parse(passes)
+    return passes if isinstance(passes, Pipeline) else Pipeline((passes,))
+
+
+# ----------------------------------------------------------------------------------- contracts
+
+
+def _check_exact(case: Case, bitwise: bool) -> None:
+    pair = case.working
+    if bitwise:
+        where = f"{case.pipeline}: not bitwise the gradient of "
+        _require_bitwise(pair.before.gradients, pair.after.gradients, where)
+    where = f"{case.pipeline}: gradient of "
+    _require_near(pair.before.gradients, pair.after.gradients, where, _eps_bound(case))
+    expected = case.wide_reference.step(case.seed)
+    found = case.wide_candidate.step(case.seed)
+    _require_near(expected.gradients, found.gradients, f"{where[:-4]} in float64 of ", 1e-9)
+    _require_near(expected.outputs, found.outputs, f"{case.pipeline}: in float64, ", 1e-9)
+
+
+def _check_close(case: Case, rtol: float) -> None:
+    expected = case.wide_reference.step(case.seed).gradients
+    found = case.wide_candidate.step(case.seed).gradients
+    for name, a, b in _pairs(expected, found, f"{case.pipeline}: gradient of "):
+        error = float((a - b).norm()) / max(float(a.norm()), 1e-12 * _scale(expected))
+        if not error <= rtol:
+            raise VerifyError(
+                f"{case.pipeline}: gradient of {name} is off by {error:.2e} (relative norm); "
+                f"its contract admits {rtol:g}"
+            )
+
+
+def _check_unbiased(case: Case) -> None:
+    differences = []
+    probes: list[torch.Tensor] = []
+    for seed in range(_DRAWS):
+        truth = _flat(case.wide_reference.step(seed).gradients)
+        drawn = _flat(case.wide_candidate.step(seed).gradients)
+        if not probes:
+            generator = torch.Generator().manual_seed(0)
+            probes = [
+                torch.randn(truth.shape, generator=generator, dtype=torch.float64)
+                for _ in range(_PROBES)
+            ]
+        differences.append(torch.stack([(drawn - truth) @ v for v in probes]))
+    samples = torch.stack(differences)
+    if not samples.isfinite().all():
+        raise VerifyError(f"{case.pipeline}: a drawn gradient is not finite")
+    deviation, mean = samples.std(0), samples.mean(0)
+    scale = _scale(case.wide_reference.step(0).gradients)
+    if float(deviation.max()) <= 1e-12 * scale:
+        raise VerifyError(
+            f"{case.pipeline}: claims to be unbiased over random draws, but {_DRAWS} seeds gave "
+            "the same gradient; declare it exact or close"
+        )
+    z = math.sqrt(_DRAWS) * mean / deviation.clamp_min(1e-12 * scale)
+    if float(z.abs().max()) > _LARGEST_Z:
+        raise VerifyError(
+            f"{case.pipeline}: the mean of {_DRAWS} draws is {float(z.abs().max()):.1f} standard "
+            f"errors away from the gradient; chance allows {_LARGEST_Z}"
+        )
+
+
+# --------------------------------------------------------------------------------- comparisons
+
+
+def _require_predicted(found: Record, runner: Runner, where: str) -> None:
+    predicted = sum(c.saved_bytes for c in runner.captured if c.training)
+    if found.saved_bytes != predicted:
+        raise VerifyError(
+            f"{where}: the report says {predicted} bytes are kept for the backward, the forward "
+            f"handed over {found.saved_bytes}"
+        )
+
+
+def _require_bitwise(expected: Values, found: Values, where: str) -> None:
+    for name, a, b in _pairs(expected, found, where):
+        same = (a == b) | (a.isnan() & b.isnan())
+        if not bool(same.all()):
+            raise VerifyError(f"{where}{name} differs at {_worst(a, b)}")
+
+
+def _require_near(expected: Values, found: Values, where: str, bound: float) -> None:
+    """Every element within `bound` of the largest of its tensor.
+
+    Gradients that are zero but for rounding (of a bias before a norm) have no size of their own;
+    what rounding leaves there is measured by the largest gradient of the step.
+    """
+    scale = _scale(expected)
+    for name, a, b in _pairs(expected, found, where):
+        # Where the reference is not finite, the other must be the same.
+        regular = a.isfinite()
+        same = (a == b) | (a.isnan() & b.isnan())
+        own = float(torch.where(regular, a, 0).abs().max()) if a.numel() else 0.0
+        allowed = bound * own + 1e-3 * bound * scale
+        if not bool((same | (regular & ((a - b).abs() <= allowed))).all()):
+            raise VerifyError(f"{where}{name} differs at {_worst(a, b)}; allowed {allowed:.1e}")
+
+
+def _require_finite(pair: Pair, where: str) -> None:
+    for name, a, b in _pairs(pair.before.gradients, pair.after.gradients, where):
+        if bool(a.isfinite().all()) and not bool(b.isfinite().all()):
+            raise VerifyError(f"{where}: the gradient of {name} is not finite")
+
+
+def _pairs(
+    expected: Values, found: Values, where: str
+) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Both versions of each tensor in float64 (integers in int64).
+
+    A compiled step gives zeros where autograd gives no gradient; both mean the same.
+    """
+    if expected.keys() != found.keys():
+        raise VerifyError(f"{where}{sorted(expected.keys() ^ found.keys())} is only in one version")
+    pairs = []
+    for name, a in expected.items():
+        b = found[name]
+        if a is None and b is None:
+            continue
+        if a is None or b is None:
+            a = torch.zeros_like(b) if a is None and b is not None else a
+            b = torch.zeros_like(a) if b is None and a is not None else b
+        if a is None or b is None:
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise VerifyError(
+                f"{where}{name} is {b.dtype} {tuple(b.shape)}, expected {a.dtype} {tuple(a.shape)}"
+            )
+        wide = torch.float64 if a.is_floating_point() else torch.int64
+        pairs.append((name, a.detach().to(wide), b.detach().to(wide)))
+    return pairs
+
+
+def _worst(a: torch.Tensor, b: torch.Tensor) -> str:
+    difference = (a - b).abs().double()
+    difference = torch.where(difference.isnan(), torch.inf, difference)
+    difference = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, difference)
+    index = [int(i) for i in torch.unravel_index(difference.argmax(), a.shape)]
+    here = tuple(index)
+    return f"{index}: {b[here].item():.17g} instead of {a[here].item():.17g}"
+
+
+def _eps_bound(case: Case) -> float:
+    """64 eps sqrt(K), K an upper bound of the terms of any sum in the step."""
+    tensors = [t for t in (*case.inputs, *case.model.parameters()) if isinstance(t, torch.Tensor)]
+    floating = [t.dtype for t in tensors if t.is_floating_point()]
+    eps = max(torch.finfo(d).eps for d in floating)
+    return 64 * eps * math.sqrt(max(t.numel() for t in tensors))
+
+
+def _scale(values: Values) -> float:
+    sizes = [
+        float(torch.where(v.isfinite(), v, 0).abs().max())
+        for v in values.values()
+        if v is not None and v.numel() and v.is_floating_point()
+    ]
+    return max(sizes, default=0.0)
+
+
+def _flat(values: Values) -> torch.Tensor:
+    parts = [v.double().flatten() for v in values.values() if v is not None]
+    return torch.cat(parts)
+
+
+def _first_difference(before: str, after: str) -> str:
+    a, b = before.splitlines(), after.splitlines()
+    for old, new in zip(a, b, strict=False):
+        if old != new:
+            return f"  - {old}\n  + {new}"
+    longer, mark = (a, "-") if len(a) > len(b) else (b, "+")
+    return "\n".join(f"  {mark} {line}" for line in longer[min(len(a), len(b)) :][:3])

@@ -1,0 +1,149 @@
+"""Makes a test of a pass: every law, on the models it rewrites and on random ones."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import cache
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from gtrans.core import Pass
+from gtrans.errors import VerifyError
+from gtrans.ir.joint import JointGraph
+from gtrans.pipeline import Pipeline
+from gtrans.testing.laws import as_pipeline, check_pass
+from gtrans.testing.measure import Runner
+from gtrans.testing.strategies import LAYERS, Choice, Ending, Family, ModelSpec, models
+
+_DEFAULT_EXAMPLES = 10
+# Models with more layers take longer to compile than they add to the test.
+_MOST_LAYERS_AT_ONCE = 9
+
+
+def at_any_size(passes: "str | Pass[Any] | Pipeline") -> Pipeline:
+    """The same passes with every option `min_...` at 1, so that they act on small models too."""
+    return Pipeline(
+        tuple(
+            replace(p, **{f.name: 1 for f in fields(p) if f.name.startswith("min_")})  # type: ignore[arg-type,type-var]
+            for p in as_pipeline(passes).passes
+        )
+    )
+
+
+def single_layer_models() -> list[ModelSpec]:
+    """One small model for each layer of each family, between two products."""
+    endings: dict[Family, Ending] = {
+        "vector": "plain",
+        "sequence": "several",
+        "tokens": "classify",
+        "image": "dictionary",
+    }
+    seen: set[str] = set()
+    found = []
+    for family, layers in LAYERS.items():
+        names = [""] if family == "tokens" else [n for n in layers if n not in seen]
+        seen.update(names if family != "image" else [])
+        for name in names:
+            chosen = (name, "scale", _product(family)) if name else ()
+            found.append(ModelSpec(family=family, layers=chosen, ending=endings[family]))
+    return found
+
+
+def models_it_rewrites(passes: "str | Pass[Any] | Pipeline") -> list[ModelSpec]:
+    """The single-layer models in which the passes rewrite something."""
+    pipeline = at_any_size(passes)
+    if any(p.works_on is not JointGraph for p in pipeline.passes):
+        return [spec for spec in single_layer_models() if _rewrites_when_captured(pipeline, spec)]
+    found = []
+    for spec in single_layer_models():
+        steps = [s for graph in _originals(spec) for s in pipeline.run(graph)[1]]
+        if any(s.stats.rewritten for s in steps):
+            found.append(spec)
+    return found
+
+
+def pass_tests(
+    passes: "str | Pass[Any] | Pipeline",
+    *,
+    max_examples: int = _DEFAULT_EXAMPLES,
+    max_matching: int = 4,
+    choice: Choice | None = None,
+    must_rewrite: bool = True,
+) -> Callable[[], None]:
+    """Makes a test function that checks every law of some passes.
+
+        test_my_pass = gtrans.testing.pass_tests("my-pass")
+
+    Args:
+        passes: a pass, a pipeline, or pipeline text.
+        max_examples: how many random models to try besides those that the passes rewrite.
+        max_matching: how many models to make of the layers that they rewrite.
+        choice: narrows the random models.
+        must_rewrite: fail if the passes rewrite nothing in any model; switch it off for a pass
+            whose pattern only its own marker operators make.
+
+    Raises:
+        VerifyError: (the test) a law is broken, or nothing was ever rewritten.
+    """
+
+    def test() -> None:
+        pipeline = at_any_size(passes)
+        built_to_match = models_it_rewrites(pipeline)
+        if must_rewrite and not built_to_match:
+            raise VerifyError(
+                f"{pipeline} rewrites nothing in any of {len(single_layer_models())} models with "
+                "one layer each, so no law was tested; see gtrans.testing.LAYERS for what they hold"
+            )
+        for spec in _few(built_to_match, max_matching):
+            _check(pipeline, spec)
+        around = given(models(choice))(lambda spec: _check(pipeline, spec))
+        settings(
+            max_examples=max_examples,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )(around)()
+
+    return test
+
+
+def _check(pipeline: Pipeline, spec: ModelSpec) -> None:
+    model, inputs = spec.build()
+    try:
+        check_pass(pipeline, model, inputs)
+    except Exception as error:
+        error.add_note(f"  on {spec!r}")
+        raise
+
+
+def _few(specs: list[ModelSpec], most: int) -> list[ModelSpec]:
+    """Some models with several of the layers each: it is compilation that takes the time."""
+    merged: dict[Family, ModelSpec] = {}
+    for spec in specs:
+        into = merged.get(spec.family)
+        if into is None:
+            merged[spec.family] = spec
+        elif len(into.layers) + len(spec.layers) <= _MOST_LAYERS_AT_ONCE:
+            merged[spec.family] = replace(into, layers=into.layers + spec.layers)
+    return list(merged.values())[:most]
+
+
+def _product(family: Family) -> str:
+    return "pointwise_conv2d" if family == "image" else "linear_without_bias"
+
+
+@cache
+def _originals(spec: ModelSpec) -> tuple[JointGraph, ...]:
+    torch.compiler.reset()
+    model, inputs = spec.build()
+    runner = Runner(model, inputs, Pipeline())
+    runner.step()
+    return tuple(c.original for c in runner.captured if c.original is not None)
+
+
+def _rewrites_when_captured(pipeline: Pipeline, spec: ModelSpec) -> bool:
+    torch.compiler.reset()
+    model, inputs = spec.build()
+    runner = Runner(model, inputs, pipeline)
+    runner.step()
+    return runner.rewritten > 0
