@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from gtrans.capture import Compiler, blamed_on_user
+from gtrans.capture import Compiler, blamed_on_user, entry
 from gtrans.errors import GTransError, ModelError, OptionError
 from gtrans.explanation import Explanation
 from gtrans.ir.joint import JointGraph
@@ -68,8 +68,9 @@ def install(
     model: nn.Module, compiler: Compiler, *, dynamic: bool | None = None, fullgraph: bool = False
 ) -> None:
     """Lets calls of a model go through a compiler. `optimize` is the friendlier way."""
-    model.compile(backend=compiler, dynamic=dynamic, fullgraph=fullgraph)
-    compiled: Any = model._compiled_call_impl
+    compiled: Any = torch.compile(
+        entry(model), backend=compiler, dynamic=dynamic, fullgraph=fullgraph
+    )
     model._compiled_call_impl = blamed_on_user(compiled)
     _sessions[model] = compiler
 
@@ -134,7 +135,7 @@ def capture(
         ModelError: the model does not accept the inputs.
         GTransError: a pass failed.
     """
-    run: Callable[..., Any] = blamed_on_user(torch.compile(model._call_impl, backend=compiler))
+    run: Callable[..., Any] = blamed_on_user(torch.compile(entry(model), backend=compiler))
     with unchanged(model), torch.enable_grad():
         try:
             return run(*inputs, **keyword_inputs)

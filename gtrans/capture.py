@@ -299,6 +299,24 @@ def _static_inputs(module: fx.GraphModule, role: Role) -> list[int]:
     return list(context.fw_metadata.static_input_indices or [])
 
 
+def entry(model: nn.Module) -> Callable[..., Any]:
+    """What to compile of a model: its call, with hooks, as a frame that Dynamo does not skip.
+
+    Dynamo skips frames of torch's own files, so of a bare `nn.Sequential` it would capture nothing
+    (`nn.Module.compile` of torch 2.13 does). Each model gets its own code object, because Dynamo
+    counts recompilations by code.
+    """
+    run: Callable[..., Any] = model._call_impl
+    if not type(model).forward.__module__.startswith("torch."):
+        return run
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_varnames=call.__code__.co_varnames)
+    return call
+
+
 def blamed_on_user(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a compiled call so that an error of gtrans reaches the user as itself.
 
