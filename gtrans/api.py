@@ -22,7 +22,7 @@ _sessions: WeakKeyDictionary[nn.Module, Compiler] = WeakKeyDictionary()
 def optimize(
     model: ModelT,
     *,
-    passes: str = "default",
+    passes: str | Pipeline = "default",
     skip: Sequence[str] = (),
     allow: str | None = None,
     backend: str = "inductor",
@@ -34,7 +34,8 @@ def optimize(
 
     Args:
         model: any module with trainable parameters.
-        passes: pipeline text such as "default" or "relu-mask,plan{price=0.1}".
+        passes: pipeline text such as "default" or "relu-mask,plan{price=0.1}", or a
+            `Pipeline` of pass objects, which need not be registered.
         skip: names of passes to leave out of it.
         allow: the weakest contract to admit ("exact", "close", "unbiased", ...). By default the
             passes named in `passes` are admitted, since you named them; the default ones are exact.
@@ -104,7 +105,7 @@ def report(model: nn.Module) -> Explanation:
 def explain(
     model: nn.Module,
     *inputs: Any,
-    passes: str = "default",
+    passes: str | Pipeline = "default",
     skip: Sequence[str] = (),
     **keyword_inputs: Any,
 ) -> Explanation:

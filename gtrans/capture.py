@@ -306,12 +306,13 @@ def entry(model: nn.Module) -> Callable[..., Any]:
     (`nn.Module.compile` of torch 2.13 does). Each model gets its own code object, because Dynamo
     counts recompilations by code.
     """
-    run: Callable[..., Any] = model._call_impl
     if not type(model).forward.__module__.startswith("torch."):
-        return run
+        return model._call_impl
+
+    self = model  # Dynamo writes this name into paths, and everywhere else a model is `self`
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return run(*args, **kwargs)
+        return self._call_impl(*args, **kwargs)
 
     call.__code__ = call.__code__.replace(co_varnames=call.__code__.co_varnames)
     return call

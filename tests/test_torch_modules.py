@@ -36,3 +36,12 @@ def test_models_do_not_share_a_recompilation_limit() -> None:
         model = gtrans.optimize(nn.Sequential(nn.Linear(width, 4)), backend="eager")
         model(torch.randn(3, width)).sum().backward()
         assert len(gtrans.report(model).training) == 1
+
+
+def test_names_and_lines_are_those_of_the_model() -> None:
+    found = gtrans.explain(BUILT_IN["sequential"], torch.randn(2, 4, 8))
+    joint = found.training[0].original
+    assert joint is not None
+    assert set(joint.parameters) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert not any("capture.py" in row.example.location.file for row in found.saved)
+    assert {row.example.location.module for row in found.saved} <= {"", "0", "1", "2"}
