@@ -1,4 +1,4 @@
-"""Models of many kinds with random weights, built without any network: the list the figures are for.
+"""Models of many kinds with random weights, built without any network.
 
 Each entry makes a model and its inputs. Sizes are small enough for two cores; `--quick` takes a
 part of the list. Nothing in gtrans knows any of them.
@@ -308,14 +308,21 @@ ZOO: tuple[Entry, ...] = (
     Entry("gpt_neox", "decoder", _hf("gpt_neox", **_SMALL, intermediate_size=64)),
     Entry("opt", "decoder", _hf("opt", **_SMALL, ffn_dim=64, word_embed_proj_dim=32)),
     Entry("mixtral", "mixture", _hf("mixtral", **_LLAMA, num_local_experts=4)),
-    Entry("mamba", "state space", _hf("mamba", vocab_size=101, hidden_size=32, num_hidden_layers=2)),
+    Entry(
+        "mamba", "state space", _hf("mamba", vocab_size=101, hidden_size=32, num_hidden_layers=2)
+    ),
     Entry("bert", "encoder", _hf("bert", "AutoModelForSequenceClassification", **_BERT)),
     Entry("bert-lm", "encoder", _hf("bert", "AutoModelForMaskedLM", **_BERT)),
     Entry(
         "distilbert",
         "encoder",
         _hf(
-            "distilbert", "AutoModelForMaskedLM", vocab_size=101, dim=32, n_layers=2, n_heads=4,
+            "distilbert",
+            "AutoModelForMaskedLM",
+            vocab_size=101,
+            dim=32,
+            n_layers=2,
+            n_heads=4,
             hidden_dim=64,
         ),
     ),
@@ -324,24 +331,50 @@ ZOO: tuple[Entry, ...] = (
         "t5",
         "encoder-decoder",
         _hf(
-            "t5", "AutoModelForSeq2SeqLM", vocab_size=101, d_model=32, d_kv=8, d_ff=64,
-            num_layers=2, num_heads=4, decoder_start_token_id=0,
+            "t5",
+            "AutoModelForSeq2SeqLM",
+            vocab_size=101,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
         ),
     ),
     Entry(
         "bart",
         "encoder-decoder",
         _hf(
-            "bart", "AutoModelForSeq2SeqLM", vocab_size=101, d_model=32, encoder_layers=2,
-            decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-            encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
-            decoder_start_token_id=0, forced_eos_token_id=1,
+            "bart",
+            "AutoModelForSeq2SeqLM",
+            vocab_size=101,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            max_position_embeddings=64,
+            decoder_start_token_id=0,
+            forced_eos_token_id=1,
         ),
     ),
     Entry("vit", "vision transformer", _hf("vit", "AutoModelForImageClassification", **_VIT)),
     Entry("llama-lora", "adapters", _lora),
     Entry("timm-vit", "vision transformer", _timm("vit_tiny_patch16_224", img_size=64, depth=2)),
-    Entry("timm-swin", "vision transformer", _timm("swin_tiny_patch4_window7_224", img_size=64, depths=(1, 1, 2, 1), embed_dim=24, window_size=4)),
+    Entry(
+        "timm-swin",
+        "vision transformer",
+        _timm(
+            "swin_tiny_patch4_window7_224",
+            img_size=64,
+            depths=(1, 1, 2, 1),
+            embed_dim=24,
+            window_size=4,
+        ),
+    ),
     Entry("timm-resnet18", "conv net", _timm("resnet18")),
     Entry("timm-resnet50", "conv net", _timm("resnet50", layers=(1, 1, 1, 1))),
     Entry("timm-convnext", "conv net", _timm("convnext_atto", depths=(1, 1, 2, 1))),
@@ -352,12 +385,18 @@ ZOO: tuple[Entry, ...] = (
     Entry("mlp", "plain", lambda: (Mlp(), {"x": torch.randn(9, 20)})),
     Entry("unet", "u-net", lambda: (UNet(), {"x": torch.randn(2, 3, 16, 16)})),
     Entry("gru-lm", "recurrent", lambda: (RecurrentLm("GRU"), {"ids": torch.randint(31, (3, 9))})),
-    Entry("lstm-lm", "recurrent", lambda: (RecurrentLm("LSTM"), {"ids": torch.randint(31, (3, 9))})),
+    Entry(
+        "lstm-lm", "recurrent", lambda: (RecurrentLm("LSTM"), {"ids": torch.randint(31, (3, 9))})
+    ),
     Entry("graph-net", "scatter", _graph),
     Entry("moe", "mixture", lambda: (MixtureOfExperts(), {"x": torch.randn(11, 16)})),
     Entry("state-space", "state space", lambda: (StateSpace(), {"x": torch.randn(2, 13, 16)})),
-    Entry("torch-transformer", "encoder-decoder", lambda: (Encoder(), {"source": torch.randn(2, 7, 16), "target": torch.randn(2, 5, 16)})),
+    Entry(
+        "torch-transformer",
+        "encoder-decoder",
+        lambda: (Encoder(), {"source": torch.randn(2, 7, 16), "target": torch.randn(2, 5, 16)}),
+    ),
     Entry("reversible", "plain", lambda: (Reversible(), {"x": torch.randn(5, 24)})),
     Entry("graph-breaks", "plain", lambda: (GraphBreaks(), {"x": torch.randn(5, 8)})),
     Entry("autocast", "plain", lambda: (Autocast(), {"x": torch.randn(6, 16)})),
-)  # fmt: skip
+)

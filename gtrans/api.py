@@ -22,7 +22,7 @@ _sessions: WeakKeyDictionary[nn.Module, Compiler] = WeakKeyDictionary()
 def optimize(
     model: ModelT,
     *,
-    passes: str = "default",
+    passes: str | Pipeline = "default",
     skip: Sequence[str] = (),
     allow: str | None = None,
     backend: str = "inductor",
@@ -34,7 +34,8 @@ def optimize(
 
     Args:
         model: any module with trainable parameters.
-        passes: pipeline text such as "default" or "relu-mask,plan{price=0.1}".
+        passes: pipeline text such as "default" or "relu-mask,plan{price=0.1}", or a
+            `Pipeline` of pass objects, which need not be registered.
         skip: names of passes to leave out of it.
         allow: the weakest contract to admit ("exact", "close", "unbiased", ...). By default the
             passes named in `passes` are admitted, since you named them; the default ones are exact.
@@ -102,7 +103,7 @@ def report(model: nn.Module) -> Explanation:
 def explain(
     model: nn.Module,
     *inputs: Any,
-    passes: str = "default",
+    passes: str | Pipeline = "default",
     skip: Sequence[str] = (),
     **keyword_inputs: Any,
 ) -> Explanation:
@@ -153,8 +154,8 @@ def require_captured(model: nn.Module, compiler: Compiler) -> None:
     """
     if not any(c.training for c in compiler.captured):
         raise CaptureError(
-            f"nothing of {type(model).__name__}'s training step was captured: Dynamo ran it as plain "
-            "Python. TORCH_LOGS=graph_breaks shows why; the model must also be called with "
+            f"nothing of {type(model).__name__}'s training step was captured: Dynamo ran it as "
+            "plain Python. TORCH_LOGS=graph_breaks shows why; the model must also be called with "
             "gradients enabled"
         )
 

@@ -96,12 +96,14 @@ class Pipeline:
     passes: tuple[Pass[Any], ...] = ()
 
     @staticmethod
-    def parse(text: str) -> "Pipeline":
-        """Reads the text form.
+    def parse(text: "str | Pipeline") -> "Pipeline":
+        """Reads the text form; a pipeline made of pass objects is returned as it is.
 
         Raises:
             OptionError: a name, option or value is unknown or malformed.
         """
+        if isinstance(text, Pipeline):
+            return text
         made: list[Pass[Any]] = []
         for name, options in _split(text):
             if name in ALIASES and not options:

@@ -125,7 +125,7 @@ class Verification:
 def verify(
     model: nn.Module,
     *inputs: Any,
-    passes: str = "default",
+    passes: str | Pipeline = "default",
     skip: Sequence[str] = (),
     backend: str = "eager",
     loss: Loss | None = None,
@@ -141,7 +141,7 @@ def verify(
     Args:
         model: the model to check; it stays as it is.
         inputs: its positional inputs.
-        passes: pipeline text.
+        passes: pipeline text, or a `Pipeline` of pass objects.
         skip: passes to leave out of it.
         backend: "eager" checks the rewritten graph, "inductor" what is compiled from it.
         loss: makes a scalar of the output; by default `output.loss`, or else a fixed random

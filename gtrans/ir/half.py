@@ -37,7 +37,7 @@ class Half:
 
         Fake kernels, real ones and decompositions do not always agree on strides (in torch 2.13:
         batch norm of a transposed input, concatenation with an empty tensor), so a view that was
-        legal when traced may be illegal when run. On a functional graph `reshape` computes the same.
+        legal when traced may be illegal when run. On a functional graph `reshape` is the same.
         """
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.module.graph, {}))

@@ -286,7 +286,7 @@ class JointGraph:
             if node.op == "call_function":
                 inner = fx.map_arg((node.args, node.kwargs), lambda n: made[n])
                 made[node] = self.insert_before(anchor, node.target, *inner[0], **inner[1])
-        results = traced.graph.output_node().args[0]
+        results: Any = traced.graph.output_node().args[0]
         return tuple(made[r] for r in (results if isinstance(results, tuple) else (results,)))
 
     def splice_after(
@@ -357,7 +357,7 @@ class JointGraph:
         """Offers the planner another way to get a forward value in the backward.
 
         The forward keeps computing the value as it did. Where the planner takes the offer, the
-        backward reads `function(*inputs)` instead of a saved copy. The last offer for a value holds.
+        backward reads `function(*inputs)` instead of a saved copy. The last offer of a value holds.
 
         Args:
             value: a forward tensor that the backward may need.

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from torch import fx
 
+# The frame that `gtrans.capture` puts around torch's own modules is nobody's model.
+_ENTRY = str(Path(__file__).parents[1] / "capture.py")
+
 _FRAME = re.compile(
     r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n(?P<code>[^\n]*)'
 )
@@ -41,7 +44,8 @@ class Location:
 
 def location(node: fx.Node) -> Location:
     """The innermost line of the user's code that made this node, as far as torch recorded it."""
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    trace = node.meta.get("stack_trace") or ""
+    frames = [f for f in _FRAME.finditer(trace) if f["file"] != _ENTRY]
     module, kind = _module(node)
     if not frames:
         return Location(module=module, kind=kind)

@@ -18,8 +18,9 @@ def pack(mask: torch.Tensor, dim: int) -> torch.Tensor:
     Returns:
         [*a, n / 8, *b] of uint8.
     """
-    planes = mask.unflatten(dim, (8, mask.shape[dim] // 8)).to(torch.uint8)
-    packed = planes.select(dim, 0)
+    sizes = [*mask.shape[:dim], 8, mask.shape[dim] // 8, *mask.shape[dim + 1 :]]
+    planes = mask.reshape(sizes).to(torch.uint8)
+    packed: torch.Tensor = planes.select(dim, 0)
     for k in range(1, 8):
         packed = packed | (planes.select(dim, k) << k)
     return packed
@@ -35,5 +36,5 @@ def unpack(packed: torch.Tensor, dim: int) -> torch.Tensor:
     Returns:
         [*a, 8 * m, *b] of bool.
     """
-    planes = [(packed >> k) & 1 for k in range(8)]
+    planes: list[torch.Tensor] = [(packed >> k) & 1 for k in range(8)]
     return torch.stack(planes, dim).flatten(dim, dim + 1).to(torch.bool)

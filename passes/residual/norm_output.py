@@ -13,7 +13,7 @@ Source: gtrans; in-place activated batch norm (arXiv:1712.02616) saves the same 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -25,13 +25,9 @@ from gtrans.ir.joint import JointGraph
 
 aten = torch.ops.aten
 
-# Both return (y, mean, rstd, ...); they differ in what they do with the running statistics.
-_BATCH_NORMS = (
-    aten._native_batch_norm_legit_functional.default,
-    aten._native_batch_norm_legit.no_stats,
-    aten.native_batch_norm.default,
-)
-_TRAINING_ARGUMENT = {
+# All return (y, mean, rstd, ...); they differ in what they do with the running statistics, and so
+# in the position of the argument that says whether batch statistics are used.
+_TRAINING_ARGUMENT: dict[Any, int] = {
     aten._native_batch_norm_legit_functional.default: 5,
     aten._native_batch_norm_legit.no_stats: 3,
     aten.native_batch_norm.default: 5,
@@ -52,7 +48,7 @@ class NormOutput(SitePass[JointGraph]):
 
     def sites(self, graph: JointGraph) -> Iterable[fx.Node]:
         """Every batch norm."""
-        return graph.calls(*_BATCH_NORMS)
+        return graph.calls(*_TRAINING_ARGUMENT)
 
     def refuse(self, graph: JointGraph, site: fx.Node) -> str | None:
         """Refuses norms in evaluation mode, and those whose output the backward does not need."""
