@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from gtrans.capture import Compiler, blamed_on_user
+from gtrans.capture import Compiler, blamed_on_user, capture_always
 from gtrans.errors import GTransError, ModelError, OptionError
 from gtrans.explanation import Explanation
 from gtrans.ir.joint import JointGraph
@@ -135,7 +135,7 @@ def capture(
         GTransError: a pass failed.
     """
     run: Callable[..., Any] = blamed_on_user(torch.compile(model._call_impl, backend=compiler))
-    with unchanged(model), torch.enable_grad():
+    with unchanged(model), torch.enable_grad(), capture_always():
         try:
             return run(*inputs, **keyword_inputs)
         except GTransError:

@@ -5,12 +5,14 @@ This file and `backends/` are the only places that import private modules of tor
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
@@ -77,14 +79,14 @@ class Compiler:
 
     Args:
         pipeline: the passes to run. A `plan` is added at the end if it has none.
-        backend: name of the lowering.
+        backend: the lowering, or its name.
         skip_failures: train on without a pass that fails, after a warning.
         gate: which rewrites to perform (for bisection); all by default.
         observers: called after every pass on every graph.
     """
 
     pipeline: Pipeline
-    backend: str = "inductor"
+    backend: str | Backend = "inductor"
     skip_failures: bool = True
     gate: Gate = field(default_factory=Gate)
     observers: Sequence[Observer] = ()
@@ -178,6 +180,7 @@ class _Job:
                 role=role,
                 visible_outputs=self._visible_outputs(module, role),
                 static_inputs=_static_inputs(module, role),
+                graph=self.record.index,
             )
             try:
                 return self.owner._lowering.compile(half)
@@ -228,8 +231,10 @@ def split(joint: JointGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
     return forward, backward
 
 
-def usable_backend(name: str) -> Backend:
+def usable_backend(name: str | Backend) -> Backend:
     """The named backend, or `eager` with one line of warning if it cannot run on this machine."""
+    if not isinstance(name, str):
+        return name
     backend: Backend = load_backend(name)
     reason = backend.unavailable()
     if reason is None:
@@ -237,6 +242,18 @@ def usable_backend(name: str) -> Backend:
     log.warning("gtrans: backend %r cannot run here: %s; using 'eager'", name, reason)
     fallback: Backend = load_backend("eager")
     return fallback
+
+
+@contextmanager
+def capture_always() -> Iterator[None]:
+    """Lets Dynamo capture however often it has captured the same code before.
+
+    Past its limit Dynamo silently runs the model as it was written. A comparison with the untouched
+    model would then compare that model with itself, and find no difference.
+    """
+    many = 1 << 30
+    with dynamo_config.patch(recompile_limit=many, accumulated_recompile_limit=many):
+        yield
 
 
 def dynamo_backend(

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from gtrans.api import _require_trainable, install
-from gtrans.capture import Compiler
+from gtrans.capture import Compiler, capture_always
 from gtrans.contract import Contract, Exact
-from gtrans.errors import ModelError, VerifyError
+from gtrans.errors import CaptureError, ModelError, VerifyError
 from gtrans.explanation import Explanation
 from gtrans.pipeline import Gate, Pipeline
 
@@ -151,6 +151,7 @@ def verify(
 
     Raises:
         ModelError: nothing to differentiate, or the model does not accept the inputs.
+        CaptureError: no graph was captured, so that nothing would be compared.
         GTransError: a pass failed.
     """
     pipeline = Pipeline.parse(passes).without(skip)
@@ -188,7 +189,13 @@ def compare(
                 notes.append(f"not compared in float64: the model fails there ({error})")
                 continue
             raise ModelError(f"the model does not accept these inputs: {error}") from error
-        actual = _step(candidate, arguments, loss, seed)
+        with capture_always():
+            actual = _step(candidate, arguments, loss, seed)
+        if not compiler.captured:
+            raise CaptureError(
+                f"no graph of {type(model).__name__} was captured, so there is nothing to compare; "
+                "check that its forward is not excluded from torch.compile (torch.compiler.disable)"
+            )
         explanation = Explanation(compiler.pipeline, compiler.captured)
         if gate is not None:
             gate.seen = compiler.gate.seen

@@ -23,6 +23,7 @@ class Half:
         visible_outputs: positions of outputs that the user's program sees: their strides must be
             kept. Other outputs are saved values, laid out as the backend likes.
         static_inputs: positions of inputs whose storage stays put from step to step (parameters).
+        graph: number of the captured graph that it is a half of.
     """
 
     module: fx.GraphModule
@@ -30,6 +31,7 @@ class Half:
     role: Role
     visible_outputs: Sequence[int] = ()
     static_inputs: Sequence[int] = field(default=())
+    graph: int = 0
 
 
 class Backend(Protocol):
