@@ -67,6 +67,7 @@ def load_pass(name: str) -> type[Pass[Any]]:
 
     Raises:
         OptionError: no pass has this name; near names are offered.
+        PassError: it is registered but cannot be loaded, or is no pass.
     """
     table = pass_table()
     if name not in table:
@@ -82,6 +83,7 @@ def load_backend(name: str) -> Any:
 
     Raises:
         OptionError: no backend has this name; near names are offered.
+        PassError: it is registered but cannot be loaded.
     """
     table = backend_table()
     if name not in table:
@@ -106,4 +108,7 @@ def _reference(cls: type[Any]) -> str:
 
 def _load(reference: str) -> Any:
     module, _, attribute = reference.partition(":")
-    return getattr(import_module(module), attribute)
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PassError(f"{reference} is registered but cannot be loaded: {error}") from error
