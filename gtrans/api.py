@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from gtrans.capture import Compiler, compiled_call
+from gtrans.capture import Compiler, capture_always, compiled_call
 from gtrans.errors import CaptureError, GTransError, ModelError, OptionError
 from gtrans.explanation import Explanation
 from gtrans.ir.joint import JointGraph
@@ -135,7 +135,7 @@ def capture(
         GTransError: a pass failed.
     """
     run = compiled_call(model, compiler)
-    with unchanged(model), torch.enable_grad():
+    with unchanged(model), torch.enable_grad(), capture_always():
         try:
             output = run(*inputs, **keyword_inputs)
         except GTransError:

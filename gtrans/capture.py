@@ -6,7 +6,8 @@ This file and `backends/` are the only places that import private modules of tor
 import inspect
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,8 +96,7 @@ class Compiler:
     def __post_init__(self) -> None:
         if not any(isinstance(p, Plan) for p in self.pipeline.passes):
             self.pipeline = Pipeline((*self.pipeline.passes, Plan()))
-        chosen = self.backend
-        self._lowering = usable_backend(chosen) if isinstance(chosen, str) else chosen
+        self._lowering = usable_backend(self.backend)
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         """Called by Dynamo with one captured forward graph and its inputs."""
@@ -181,6 +181,7 @@ class _Job:
                 role=role,
                 visible_outputs=self._visible_outputs(module, role),
                 static_inputs=_static_inputs(module, role),
+                graph=self.record.index,
             )
             try:
                 return self.owner._lowering.compile(half)
@@ -229,8 +230,10 @@ def split(joint: JointGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
     return forward, backward
 
 
-def usable_backend(name: str) -> Backend:
+def usable_backend(name: str | Backend) -> Backend:
     """The named backend, or `eager` with one line of warning if it cannot run on this machine."""
+    if not isinstance(name, str):
+        return name
     backend: Backend = load_backend(name)
     reason = backend.unavailable()
     if reason is None:
@@ -238,6 +241,18 @@ def usable_backend(name: str) -> Backend:
     log.warning("gtrans: backend %r cannot run here: %s; using 'eager'", name, reason)
     fallback: Backend = load_backend("eager")
     return fallback
+
+
+@contextmanager
+def capture_always() -> Iterator[None]:
+    """Lets Dynamo capture however often it has captured the same code before.
+
+    Past its limit Dynamo silently runs the model as it was written. A comparison with the untouched
+    model would then compare that model with itself, and find no difference.
+    """
+    many = 1 << 30
+    with dynamo_config.patch(recompile_limit=many, accumulated_recompile_limit=many):
+        yield
 
 
 def dynamo_backend(
@@ -329,7 +344,7 @@ def _with_own_frame(model: nn.Module) -> Callable[..., Any]:
     self = model  # Dynamo writes this name into paths, and everywhere else a model is `self`
 
     def entry(*args: Any, **kwargs: Any) -> Any:
-        return self._call_impl(*args, **kwargs)
+        return self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     entry.__code__ = entry.__code__.replace()  # Dynamo keeps its cache in the code object
     return entry

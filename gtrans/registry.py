@@ -4,6 +4,8 @@ A plug-in distribution registers passes by an entry point of the group `gtrans.p
 (`my-pass = "my_package.my_pass:MyPass"`). Two owners of one name are an error that names both.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -15,6 +17,8 @@ from gtrans.passes import PASSES
 
 _BUILT_IN_PLAN = {"plan": "gtrans.plan.planner:Plan"}
 
+_for_now: dict[str, type[Pass[Any]]] = {}
+
 
 def pass_table() -> dict[str, str]:
     """All known passes: name to "module:Class".
@@ -22,7 +26,31 @@ def pass_table() -> dict[str, str]:
     Raises:
         PassError: two distributions register the same name.
     """
-    return _merged({**PASSES, **_BUILT_IN_PLAN}, "gtrans.passes")
+    table = _merged({**PASSES, **_BUILT_IN_PLAN}, "gtrans.passes")
+    return table | {name: _reference(cls) for name, cls in _for_now.items()}
+
+
+@contextmanager
+def registered(*classes: type[Pass[Any]]) -> Iterator[None]:
+    """Makes passes known by their names while the block runs, without an installed plug-in.
+
+    Raises:
+        PassError: a name is taken, by another of them or by a pass that is known already.
+    """
+    added: list[str] = []
+    try:
+        for cls in classes:
+            owner = pass_table().get(cls.name)
+            if owner is not None:
+                raise PassError(
+                    f"two owners of pass {cls.name!r}: {owner} and {_reference(cls)}; rename one"
+                )
+            _for_now[cls.name] = cls
+            added.append(cls.name)
+        yield
+    finally:
+        for name in added:
+            del _for_now[name]
 
 
 def backend_table() -> dict[str, str]:
@@ -39,11 +67,12 @@ def load_pass(name: str) -> type[Pass[Any]]:
 
     Raises:
         OptionError: no pass has this name; near names are offered.
+        PassError: it is registered but cannot be loaded, or is no pass.
     """
     table = pass_table()
     if name not in table:
         raise OptionError(f"unknown pass {name!r}{did_you_mean(name, table)}")
-    found = _load(table[name])
+    found = _for_now.get(name) or _load(table[name])
     if not (isinstance(found, type) and issubclass(found, Pass)):
         raise PassError(f"{table[name]}, registered as pass {name!r}, is not a gtrans.Pass")
     return found
@@ -54,6 +83,7 @@ def load_backend(name: str) -> Any:
 
     Raises:
         OptionError: no backend has this name; near names are offered.
+        PassError: it is registered but cannot be loaded.
     """
     table = backend_table()
     if name not in table:
@@ -72,6 +102,13 @@ def _merged(table: dict[str, str], group: str) -> dict[str, str]:
     return table
 
 
+def _reference(cls: type[Any]) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
 def _load(reference: str) -> Any:
     module, _, attribute = reference.partition(":")
-    return getattr(import_module(module), attribute)
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PassError(f"{reference} is registered but cannot be loaded: {error}") from error

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from gtrans.api import install, require_captured, require_trainable
-from gtrans.capture import Compiler
+from gtrans.capture import Compiler, capture_always
 from gtrans.contract import Contract, Exact
 from gtrans.errors import ModelError, VerifyError
 from gtrans.explanation import Explanation
@@ -151,6 +151,7 @@ def verify(
 
     Raises:
         ModelError: nothing to differentiate, or the model does not accept the inputs.
+        CaptureError: no graph was captured, so that nothing would be compared.
         GTransError: a pass failed.
     """
     pipeline = Pipeline.parse(passes).without(skip)
@@ -188,7 +189,8 @@ def compare(
                 notes.append(f"not compared in float64: the model fails there ({error})")
                 continue
             raise ModelError(f"the model does not accept these inputs: {error}") from error
-        actual = _step(candidate, arguments, loss, seed)
+        with capture_always():
+            actual = _step(candidate, arguments, loss, seed)
         require_captured(model, compiler)
         explanation = Explanation(compiler.pipeline, compiler.captured)
         if gate is not None:

@@ -1,8 +1,8 @@
 """Measure a training step: peak memory, memory held for the backward, and time.
 
 Everything here looks at the allocator from outside, so that a plain eager model, `torch.compile`
-and gtrans are measured by the same rule. Hooks on saved tensors agree with it where every saved value
-goes through `save_for_backward` (a test checks that), but AOTAutograd may keep values that need no
+and gtrans are measured by the same rule. Hooks on saved tensors agree with it where every saved
+value goes through `save_for_backward` (a test checks that), but AOTAutograd may keep values that need no
 version check beside it, out of the hooks' sight.
 
     CPU     memory events of the profiler; every block that the step allocates, by address

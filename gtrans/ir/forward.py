@@ -1,5 +1,6 @@
 """The forward graph as Dynamo captures it: torch functions and methods, before autograd."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,9 @@ class ForwardGraph:
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
         self.author = ""
+        # Dynamo leaves no dead code: what nobody reads is there for its effect, such as the `add_`
+        # that counts batches in a batch norm.
+        self._effects = {node for node in module.graph.nodes if not node.users}
 
     @property
     def graph(self) -> fx.Graph:
@@ -77,10 +81,13 @@ class ForwardGraph:
         return ForwardGraph(fx.GraphModule(self.module, graph))
 
     def eliminate_dead_code(self) -> int:
-        """Erases the nodes that nothing reads; returns how many."""
+        """Erases the nodes that nothing reads any more; returns how many. Effects are kept."""
         before = len(self.graph.nodes)
-        self.graph.eliminate_dead_code()
+        self.graph.eliminate_dead_code(is_impure_node=self._must_stay)
         return before - len(self.graph.nodes)
+
+    def _must_stay(self, node: fx.Node) -> bool:
+        return node in self._effects or _is_inplace(node) or node.is_impure()
 
     def _value_of(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
@@ -97,6 +104,18 @@ class ForwardGraph:
             return target(*args, **kwargs)
         with mode:
             return target(*args, **kwargs)
+
+
+def _is_inplace(node: fx.Node) -> bool:
+    """By torch's naming rule, the only property there is: `add_`, `relu_`, `iadd`, `setitem`."""
+    if node.kwargs.get("inplace") or "out" in node.kwargs:
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if getattr(node.target, "__module__", "") == "_operator":
+        plain = name[1:]  # iadd, but ior and and_: Python's words take an underscore
+        inplace = hasattr(operator, plain) or hasattr(operator, f"{plain}_")
+        return name == "setitem" or (name.startswith("i") and inplace)
+    return node.op != "placeholder" and name.endswith("_") and not name.endswith("__")
 
 
 def value(node: fx.Node) -> Any:

@@ -24,6 +24,7 @@ class Half:
         visible_outputs: positions of outputs that the user's program sees: their strides must be
             kept. Other outputs are saved values, laid out as the backend likes.
         static_inputs: positions of inputs whose storage stays put from step to step (parameters).
+        graph: number of the captured graph that it is a half of.
     """
 
     module: fx.GraphModule
@@ -31,6 +32,7 @@ class Half:
     role: Role
     visible_outputs: Sequence[int] = ()
     static_inputs: Sequence[int] = field(default=())
+    graph: int = 0
 
     def with_tolerant_views(self) -> fx.GraphModule:
         """A copy of the graph in which `view` copies where strides demand it.

@@ -1,0 +1,326 @@
+"""`gtrans show` and `gtrans diff`: the graphs of a model, and what a pass changes in them."""
+
+import difflib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gtrans.cli.console import (
+    JsonOption,
+    ModelArgument,
+    PassesOption,
+    PluginOption,
+    SeedOption,
+    SkipOption,
+    chosen,
+    console,
+    examples,
+    print_json,
+    remark,
+    reporting,
+)
+from gtrans.errors import OptionError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from gtrans.cli.watch import Snapshot, Watcher
+    from gtrans.pipeline import Graph, Pipeline
+
+SHOW_EXAMPLES = examples(
+    "gtrans show model.py:make",
+    "gtrans show model.py:make --stage joint --before relu-mask",
+    "gtrans show 'hf:gpt2?n_layer=2&n_embd=64&n_head=4' --svg gpt2.svg",
+)
+DIFF_EXAMPLES = examples(
+    "gtrans diff model.py:make --pass relu-mask",
+    "gtrans diff model.py:make --pass 'relu-mask{min_numel=1}' --json",
+)
+
+
+class Stage(StrEnum):
+    """Which graph of a model to show."""
+
+    FORWARD = "forward"
+    JOINT = "joint"
+    FORWARD_HALF = "forward-half"
+    BACKWARD_HALF = "backward-half"
+
+
+@dataclass(frozen=True)
+class View:
+    """One graph at one point of the pipeline. `graph` is None where a model has no such graph."""
+
+    index: int
+    graph: "fx.Graph | None"
+    kept: Sequence[str] = field(default=())
+
+
+def show(
+    model: ModelArgument,
+    stage: Annotated[
+        Stage,
+        typer.Option("--stage", help="forward is before autograd; halves are what a backend gets."),
+    ] = Stage.JOINT,
+    before: Annotated[
+        str | None, typer.Option("--before", metavar="PASS", help="The graph before this pass.")
+    ] = None,
+    after: Annotated[
+        str | None, typer.Option("--after", metavar="PASS", help="The graph after this pass.")
+    ] = None,
+    dot: Annotated[
+        Path | None, typer.Option("--dot", metavar="FILE", help="Write it in the dot language.")
+    ] = None,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", metavar="FILE", help="Write it as a picture.")
+    ] = None,
+    passes: PassesOption = "default",
+    skip: SkipOption = None,
+    plugin: PluginOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the graphs of a model as code.
+
+    Every line has its shape and the line of the model it comes from; | marks the forward, < the
+    backward. By default it is the joint graph after all passes.
+    """
+    with reporting(as_json):
+        if before is not None and after is not None:
+            raise OptionError("--before and --after exclude each other; give one")
+        if stage is not Stage.JOINT and (dot or svg):
+            raise OptionError("--dot and --svg draw the joint graph; leave --stage out")
+        from gtrans.cli.models import session
+
+        start = time.perf_counter()
+        with session(plugin):
+            pipeline = chosen(passes, skip)
+            point = _point(pipeline, before or after, stage)
+            watcher = _watched(model, pipeline, seed)
+            views = _views(watcher, stage, point, earlier=before is not None)
+            files = _drawn(watcher, point, before is not None, model, dot, svg)
+            seconds = time.perf_counter() - start
+            if as_json:
+                print_json({**_described(model, stage, before, after), **_content(views, files)})
+                return
+            for view in views:
+                _print_view(view, len(views))
+        for file in files:
+            remark(f"wrote {file}")
+        remark(f"captured in {seconds:.1f} s; what a pass changed: gtrans diff {model} --pass NAME")
+
+
+def diff(
+    model: ModelArgument,
+    pass_text: Annotated[
+        str,
+        typer.Option(
+            "--pass",
+            metavar="PASS",
+            help="The pass, with options if you like. One that is not in --passes runs alone.",
+            show_default=False,
+        ),
+    ],
+    passes: PassesOption = "default",
+    skip: SkipOption = None,
+    plugin: PluginOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what one pass changes, as a diff."""
+    with reporting(as_json):
+        from gtrans.cli.models import session
+
+        with session(plugin):
+            pipeline = chosen(passes, skip)
+            given = chosen(pass_text, None)
+            if len(given.passes) != 1:
+                raise OptionError(f"--pass takes one pass, got {pass_text!r}")
+            names = {str(p) for p in pipeline.passes} | {p.name for p in pipeline.passes}
+            name = given.passes[0].name
+            text = str(given.passes[0])
+            watcher = _watched(model, pipeline if text in names else given, seed)
+            steps = [s for s in watcher.snapshots if s.step.name == name]
+            changes = [_change(s) for s in steps]
+            if as_json:
+                print_json({"model": model, "pass": text, "graphs": changes})
+                return
+            for change in changes:
+                _print_change(change, len(changes))
+
+
+def _watched(model: str, pipeline: "Pipeline", seed: int) -> "Watcher":
+    from gtrans.api import _require_trainable, capture
+    from gtrans.cli.models import load
+    from gtrans.cli.watch import Watcher
+
+    loaded = load(model, seed=seed)
+    _require_trainable(loaded.model)
+    watcher = Watcher(pipeline, "eager", skip_failures=False)
+    capture(loaded.model, watcher, loaded.inputs, loaded.keyword_inputs)
+    return watcher
+
+
+def _point(pipeline: "Pipeline", name: str | None, stage: Stage) -> str | None:
+    """Checks that a pass runs on the graph of a stage.
+
+    Raises:
+        OptionError: it does not.
+    """
+    if name is None:
+        return None
+    from gtrans.ir.forward import ForwardGraph
+    from gtrans.ir.joint import JointGraph
+    from gtrans.plan.planner import Plan
+
+    if stage in (Stage.FORWARD_HALF, Stage.BACKWARD_HALF):
+        raise OptionError("the halves come after all passes; leave --before and --after out")
+    kind = ForwardGraph if stage is Stage.FORWARD else JointGraph
+    known = [p.name for p in pipeline.on(kind).passes]
+    if kind is JointGraph and Plan.name not in known:
+        known.append(Plan.name)  # capture adds it
+    if name not in known:
+        raise OptionError(
+            f"no pass {name!r} runs on the {stage.value} graph in this pipeline"
+            f"{did_you_mean(name, known)}"
+        )
+    return name
+
+
+def _views(watcher: "Watcher", stage: Stage, point: str | None, *, earlier: bool) -> list[View]:
+    views = []
+    for captured in watcher.captured:
+        index = captured.index
+        if stage is Stage.FORWARD:
+            graph = watcher.forward_at(index, point, earlier=earlier)
+            views.append(View(index, graph.graph))
+        elif captured.rewritten is None:
+            views.append(View(index, None))
+        elif stage is Stage.JOINT:
+            joint = watcher.joint_at(index, point, earlier=earlier)
+            views.append(View(index, joint.graph, _kept(joint)))
+        else:
+            from gtrans.capture import split
+
+            forward, backward = split(captured.rewritten)
+            half = forward if stage is Stage.FORWARD_HALF else backward
+            views.append(View(index, half.graph))
+    return views
+
+
+def _kept(graph: "Graph") -> list[str]:
+    """What the plan keeps for the backward: one line a value."""
+    from gtrans.ir.joint import JointGraph
+    from gtrans.ir.sizes import shape_text
+
+    if not isinstance(graph, JointGraph) or graph.cut is None:
+        return []
+    lines = []
+    for node in graph.cut:
+        info = graph.input_of(node) if node in graph.primals else None
+        if info is None or info.kind not in ("parameter", "buffer"):
+            lines.append(f"{node.name}  # {shape_text(node.meta.get('val'))}")
+    return lines
+
+
+def _described(model: str, stage: Stage, before: str | None, after: str | None) -> dict[str, Any]:
+    return {"model": model, "stage": stage.value, "before": before, "after": after}
+
+
+def _content(views: list[View], files: list[Path]) -> dict[str, Any]:
+    from gtrans.ir.printer import to_code
+
+    graphs = [
+        {
+            "index": v.index,
+            "nodes": len(v.graph.nodes),
+            "code": to_code(v.graph),
+            "kept": list(v.kept),
+        }
+        for v in views
+        if v.graph is not None
+    ]
+    return {"graphs": graphs, "files": [str(f) for f in files]}
+
+
+def _print_view(view: View, count: int) -> None:
+    from gtrans.ir.printer import to_code
+
+    out = console()
+    if count > 1:
+        out.print(f"=== graph {view.index}", style="bold")
+    if view.graph is None:
+        out.print("no part of this graph needs a gradient: it has a forward only")
+        return
+    for line in to_code(view.graph).splitlines():
+        style = "dim" if line.startswith("#") else "magenta" if line.startswith("<") else None
+        out.print(line, style=style, soft_wrap=True)
+    if view.kept:
+        out.print(f"\n# kept for the backward: {len(view.kept)} values", style="bold")
+        for line in view.kept:
+            out.print(f"  {line}", soft_wrap=True)
+
+
+def _drawn(
+    watcher: "Watcher",
+    point: str | None,
+    earlier: bool,
+    title: str,
+    dot: Path | None,
+    svg: Path | None,
+) -> list[Path]:
+    """Writes the joint graphs to files, numbered where there are several."""
+    from gtrans.cli.draw import to_svg
+    from gtrans.ir.printer import to_dot
+
+    written: list[Path] = []
+    drawable = [c.index for c in watcher.captured if c.rewritten is not None]
+    for index in drawable:
+        joint = watcher.joint_at(index, point, earlier=earlier)
+        label = title if len(drawable) == 1 else f"{title}, graph {index}"
+        for path, text in ((dot, to_dot), (svg, to_svg)):
+            if path is None:
+                continue
+            file = path.with_stem(f"{path.stem}-{index}") if len(drawable) > 1 else path
+            try:
+                file.write_text(text(joint, title=label), encoding="utf-8")
+            except OSError as error:
+                raise OptionError(f"cannot write {str(file)!r}: {error.strerror}") from error
+            written.append(file)
+    return written
+
+
+def _change(snapshot: "Snapshot") -> dict[str, Any]:
+    stats = snapshot.step.stats
+    before, after = (_lines(g) for g in (snapshot.before, snapshot.after))
+    name = snapshot.step.text
+    lines = difflib.unified_diff(before, after, f"before {name}", f"after {name}", lineterm="")
+    return {
+        "index": snapshot.index,
+        "matched": stats.matched,
+        "rewritten": stats.rewritten,
+        "skipped": dict(stats.skipped),
+        "diff": "\n".join(lines),
+    }
+
+
+def _lines(graph: "Graph") -> list[str]:
+    from gtrans.ir.printer import to_code
+
+    kept = _kept(graph)
+    return [*to_code(graph.graph, lines=False).splitlines(), *(f"keep {line}" for line in kept)]
+
+
+def _print_change(change: dict[str, Any], count: int) -> None:
+    out = console()
+    where = f"graph {change['index']}: " if count > 1 else ""
+    reasons = "".join(f"; skipped {n}: {reason}" for reason, n in change["skipped"].items())
+    colours = {"+": "green", "-": "red", "@": "cyan"}
+    for line in change["diff"].splitlines():
+        out.print(line, style=colours.get(line[:1]), soft_wrap=True)
+    remark(f"{where}matched {change['matched']}, rewrote {change['rewritten']}{reasons}")
