@@ -69,10 +69,20 @@ def huggingface(name: str, head: str = "AutoModelForCausalLM", **options: Any) -
     return model, batch
 
 
-_SMALL = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-_LLAMA = {**_SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
-_BERT = {**_SMALL, "intermediate_size": 64, "max_position_embeddings": 64}
-_VIT = {
+_SMALL: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+_LLAMA: dict[str, Any] = {
+    **_SMALL,
+    "intermediate_size": 48,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+_BERT: dict[str, Any] = {**_SMALL, "intermediate_size": 64, "max_position_embeddings": 64}
+_VIT: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,

@@ -344,7 +344,7 @@ def _with_own_frame(model: nn.Module) -> Callable[..., Any]:
     self = model  # Dynamo writes this name into paths, and everywhere else a model is `self`
 
     def entry(*args: Any, **kwargs: Any) -> Any:
-        return self._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self._call_impl(*args, **kwargs)
 
     entry.__code__ = entry.__code__.replace()  # Dynamo keeps its cache in the code object
     return entry

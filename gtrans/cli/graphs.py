@@ -155,12 +155,12 @@ def diff(
 
 
 def _watched(model: str, pipeline: "Pipeline", seed: int) -> "Watcher":
-    from gtrans.api import _require_trainable, capture
+    from gtrans.api import capture, require_trainable
     from gtrans.cli.models import load
     from gtrans.cli.watch import Watcher
 
     loaded = load(model, seed=seed)
-    _require_trainable(loaded.model)
+    require_trainable(loaded.model)
     watcher = Watcher(pipeline, "eager", skip_failures=False)
     capture(loaded.model, watcher, loaded.inputs, loaded.keyword_inputs)
     return watcher

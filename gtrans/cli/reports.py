@@ -81,14 +81,14 @@ def _explained(
     model: str, passes: str, skip: list[str] | None, seed: int
 ) -> "tuple[Explanation, float]":
     """The explanation of a MODEL text, and the seconds it took without building the model."""
-    from gtrans.api import _require_trainable, capture
+    from gtrans.api import capture, require_trainable
     from gtrans.capture import Compiler
     from gtrans.cli.models import load
     from gtrans.explanation import Explanation
 
     pipeline = chosen(passes, skip)
     loaded = load(model, seed=seed)
-    _require_trainable(loaded.model)
+    require_trainable(loaded.model)
     compiler = Compiler(pipeline, "eager", skip_failures=False)
     start = time.perf_counter()
     capture(loaded.model, compiler, loaded.inputs, loaded.keyword_inputs)
