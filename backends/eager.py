@@ -19,6 +19,10 @@ class Eager:
         """Always available."""
         return None
 
+    def prepare(self, half: Half) -> Half:
+        """Nothing to prepare."""
+        return half
+
     def compile(self, half: Half) -> Runnable:
         """Generates Python code that calls one operator after another and frees as it goes."""
         module = half.with_tolerant_views()

@@ -7,6 +7,7 @@ handed to Inductor's inner compiler. Passes have seen it without decompositions 
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,9 +38,13 @@ class Inductor:
             return None
         return f"no C++ compiler found (looked for {', '.join(candidates)})"
 
+    def prepare(self, half: Half) -> Half:
+        """Traces the half again, with Inductor's decompositions."""
+        return replace(half, module=decomposed(half.with_tolerant_views(), half.inputs))
+
     def compile(self, half: Half) -> Runnable:
-        """Decomposes the half and compiles it."""
-        module = decomposed(half.with_tolerant_views(), half.inputs)
+        """Compiles the decomposed half."""
+        module = half.module
         output = module.graph.output_node()
         output.meta["user_visible_output_idxs"] = list(half.visible_outputs)
         # The backward is compiled at the first backward pass, when no fake mode is active any more.

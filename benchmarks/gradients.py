@@ -11,7 +11,7 @@ import torch
 import gtrans
 from benchmarks.table import Table, verdict
 from benchmarks.zoo import ZOO, Entry
-from gtrans.verify import Verification
+from gtrans.verification import Verification
 
 _QUICK = ("gpt2", "bert", "vit", "mlp", "unet", "gru-lm", "graph-net", "moe", "graph-breaks")
 

@@ -28,7 +28,7 @@ def main(quick: bool, device: str) -> int:
     # The smaller model runs first and once more at the end; the better of the two counts, so that
     # imports and a busy moment do not flatter the growth.
     small, large = (4, 32) if quick else (12, 96)
-    seconds = {}
+    seconds: dict[int, float] = {}
     for layers in (small, large, small):
         own, whole = _first_call(layers, device, "eager")
         seconds[layers] = min(own, seconds.get(layers, own))

@@ -55,17 +55,18 @@ def huggingface(name: str, head: str = "AutoModelForCausalLM", **options: Any) -
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     config = transformers.AutoConfig.for_model(name, **{**tokens, **options})
     model = getattr(transformers, head).from_config(config).train()
-    vocabulary = getattr(config, "vocab_size", None)
+    labels: int = getattr(config, "num_labels", 2)
     batch: dict[str, Any] = {}
     if "ImageClassification" in head:
         size = config.image_size
         channels = config.num_channels
         batch["pixel_values"] = torch.randn(2, channels, size, size)
-        batch["labels"] = torch.randint(config.num_labels, (2,))
+        batch["labels"] = torch.randint(labels, (2,))
         return model, batch
+    vocabulary: int = config.vocab_size
     ids = torch.randint(3, vocabulary, (2, 17))
     batch["input_ids"] = ids
-    batch["labels"] = ids if "LM" in head else torch.randint(config.num_labels, (2,))
+    batch["labels"] = ids if "LM" in head else torch.randint(labels, (2,))
     return model, batch
 
 
@@ -231,7 +232,8 @@ class StateSpace(nn.Module):
         spectrum = torch.fft.rfft(drive, n=2 * x.shape[1], dim=1)
         kernel = torch.fft.rfft(powers, n=2 * x.shape[1], dim=0)
         states = torch.fft.irfft(spectrum * kernel, n=2 * x.shape[1], dim=1)[:, : x.shape[1]]
-        return x + self.leave(states * torch.sigmoid(gate))
+        out: torch.Tensor = x + self.leave(states * torch.sigmoid(gate))
+        return out
 
 
 class Encoder(nn.Module):
@@ -262,9 +264,10 @@ class Reversible(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: [batch, 24]. Returns: the same shape."""
         a, b = x.chunk(2, dim=-1)
-        for f, g in self.blocks:  # type: ignore[misc]  # a ModuleList is iterable
-            a = a + torch.tanh(f(b))
-            b = b + F.softplus(g(a))
+        for pair in self.blocks:
+            assert isinstance(pair, nn.ModuleList)
+            a = a + torch.tanh(pair[0](b))
+            b = b + F.softplus(pair[1](a))
         return torch.cat([a, b], dim=-1)
 
 
@@ -292,7 +295,8 @@ class Autocast(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: [batch, 16]. Returns: the same shape."""
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            return x + self.second(F.gelu(self.first(self.norm(x)))).float()
+            out: torch.Tensor = x + self.second(F.gelu(self.first(self.norm(x)))).float()
+            return out
 
 
 def _lora() -> Built:
@@ -302,7 +306,7 @@ def _lora() -> Built:
 
     model, batch = huggingface("llama", **_LLAMA)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
-    return get_peft_model(model, config).train(), batch  # type: ignore[arg-type]
+    return get_peft_model(model, config).train(), batch
 
 
 def _graph() -> Built:

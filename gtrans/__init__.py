@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gtrans.core import Knob, Pass, SitePass, Stats
     from gtrans.ir import ForwardGraph, JointGraph
     from gtrans.pipeline import Pipeline
-    from gtrans.verify import verify
+    from gtrans.verification import verify
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,7 @@ _HOMES = {
     "gtrans.core": ("Knob", "Pass", "SitePass", "Stats"),
     "gtrans.ir": ("ForwardGraph", "JointGraph"),
     "gtrans.pipeline": ("Pipeline",),
-    "gtrans.verify": ("verify",),
+    "gtrans.verification": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -8,7 +8,7 @@ failure-inducing input, 2002, the algorithm ddmin); several that each break it, 
 
 The model is captured once. A check then runs the joint passes on a copy of the captured graphs and
 both halves on the recorded values of one step, which takes a fraction of capturing again. The
-result is confirmed by `gtrans.verify.compare` on the whole model. Where the recorded graphs cannot
+result is confirmed by `gtrans.verification.compare` on the whole model. Where the recorded graphs cannot
 tell (a pass worked on the forward graph, so that capture differs), every check is a comparison.
 """
 
@@ -26,7 +26,7 @@ from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.source import location
 from gtrans.pipeline import Gate, Pipeline, Rewrite
 from gtrans.replay import Recording
-from gtrans.verify import Loss, Verification, compare
+from gtrans.verification import Loss, Verification, compare
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from gtrans.ir.half import Half, Role, Runnable
 from gtrans.ir.joint import JointGraph
 from gtrans.pipeline import Gate, Pipeline
 from gtrans.plan.planner import Plan
-from gtrans.verify import Comparison, Loss, _compare, _in_dtype, _longest_sum, _private, _step
+from gtrans.verification import Comparison, Loss, _compare, _in_dtype, _longest_sum, _private, _step
 
 Values = dict[str, Any]
 
@@ -35,6 +35,10 @@ class _Recorder:
     def unavailable(self) -> str | None:
         """Always available."""
         return None
+
+    def prepare(self, half: Half) -> Half:
+        """Nothing to prepare."""
+        return half
 
     def compile(self, half: Half) -> Runnable:
         """Makes a half runnable."""

@@ -17,7 +17,7 @@ from gtrans.errors import OptionError, PassError
 from gtrans.pipeline import Gate, Pipeline
 from gtrans.registry import registered
 from gtrans.replay import Recording
-from gtrans.verify import compare
+from gtrans.verification import compare
 
 
 class Residual(nn.Module):

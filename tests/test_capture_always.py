@@ -9,7 +9,7 @@ from gtrans.capture import Compiler, usable_backend
 from gtrans.errors import CaptureError
 from gtrans.pipeline import Pipeline
 from gtrans.registry import load_backend
-from gtrans.verify import verify
+from gtrans.verification import verify
 
 
 class Small(nn.Module):

@@ -27,7 +27,7 @@ from gtrans.errors import OptionError
 if TYPE_CHECKING:
     from gtrans.bisect import Bisection
     from gtrans.pipeline import Gate
-    from gtrans.verify import Verification
+    from gtrans.verification import Verification
 
 VERIFY_EXAMPLES = examples(
     "gtrans verify model.py:make",
@@ -81,7 +81,7 @@ def verify(
     with reporting(as_json):
         from gtrans.cli.models import load, session
         from gtrans.registry import load_backend
-        from gtrans.verify import compare
+        from gtrans.verification import compare
 
         gate = _gate(only_rewrites, bisect_limit)
         with session(plugin):

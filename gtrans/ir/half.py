@@ -57,5 +57,8 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine; None if it can."""
 
+    def prepare(self, half: Half) -> Half:
+        """What gtrans does to a half before the compiler behind the backend sees it."""
+
     def compile(self, half: Half) -> Runnable:
-        """Makes one half runnable."""
+        """Makes a prepared half runnable."""

@@ -255,7 +255,7 @@ def _step(
         torch.manual_seed(seed)
         output = model(*positional, **keywords)
         scalar = loss(output) if loss is not None else default_loss(output, seed)
-        scalar.backward()  # type: ignore[no-untyped-call]
+        scalar.backward()
     found: dict[str, tuple[str, torch.Tensor | None]] = {}
     leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
     for i, t in enumerate(leaves):
