@@ -36,6 +36,8 @@ from gtrans.registry import load_backend
 
 log = logging.getLogger("gtrans")
 
+OLDEST_TORCH = (2, 11)
+
 
 @dataclass
 class Captured:
@@ -94,6 +96,7 @@ class Compiler:
     captured: list[Captured] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        require_supported_torch()
         if not any(isinstance(p, Plan) for p in self.pipeline.passes):
             self.pipeline = Pipeline((*self.pipeline.passes, Plan()))
         self._lowering = usable_backend(self.backend)
@@ -231,6 +234,21 @@ def split(joint: JointGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
         num_fwd_outputs=joint.signature.num_forward_outputs,
     )
     return forward, backward
+
+
+def require_supported_torch() -> None:
+    """Checks the version of torch once, where it matters: before the first capture.
+
+    Raises:
+        CaptureError: torch is older than gtrans supports.
+    """
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if found < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise CaptureError(
+            f"gtrans needs torch {oldest} or newer, and this is {torch.__version__}: "
+            f"pip install 'torch>={oldest}'"
+        )
 
 
 def usable_backend(name: str | Backend) -> Backend:

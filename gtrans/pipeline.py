@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Any
 
 from gtrans.contract import Contract, compose_all, level
-from gtrans.core import Pass, Stats
+from gtrans.core import Pass, SitePass, Stats
 from gtrans.errors import ContractError, GTransError, OptionError, PassError, did_you_mean
 from gtrans.ir.check import check_forward, check_joint
 from gtrans.ir.forward import ForwardGraph
@@ -269,6 +269,8 @@ def _split(text: str) -> Iterable[tuple[str, dict[str, str]]]:
 
 
 def _run_one(p: Pass[Any], graph: Graph, gate: Gate, step: Step) -> Graph:
+    if isinstance(p, SitePass) and not list(p.sites(graph)):
+        return graph  # nothing matched: no copy needed
     private = graph.copy()
     private.author = p.name
     step.stats = p.run(private, gate.permission(p.name))

@@ -2,7 +2,8 @@
 
 Saves: what the cut frees; the report lists every value that is kept, with its bytes.
 Costs: one more pass over memory per recomputed pointwise or row-wise operator. Products,
-    convolutions, attention and reductions are not run again.
+    convolutions, attention and reductions are not run again, unless the model asks for it with
+    `torch.utils.checkpoint`.
 Contract: exact, bit for bit (the same kernels run on the same values).
 Needs: nothing. Random draws, mutations and collectives are never run again.
 Source: project selection by minimum cut, `gtrans.plan.cut`.
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from gtrans.contract import Contract, Exact
 from gtrans.core import HELD_BACK, Knob, Pass, Permission, Stats, require
@@ -21,6 +23,10 @@ from gtrans.ir.sizes import human, tensor_bytes
 from gtrans.plan.cut import minimum_cut, read_directly
 from gtrans.plan.realise import realise
 from gtrans.plan.saved import saved_bytes
+
+# What the user put into `torch.utils.checkpoint`: to be run again, products included.
+_ASKED_FOR = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+_ASKED_FOR_PRICE = 1e-3
 
 # Writes and reads of a row-wise operator, relative to a pointwise one: two passes over its row.
 _ROWWISE_WEIGHT = 2.0
@@ -71,6 +77,8 @@ class Plan(Pass[JointGraph]):
     def cost(self, graph: JointGraph, node: fx.Node) -> float | None:
         """Price of getting a value again, in saved bytes; None where it is not cheap."""
         written = tensor_bytes(node.meta["val"])
+        if node.meta.get("recompute") in _ASKED_FOR:
+            return self.price * _ASKED_FOR_PRICE * written
         if (offer := graph.offers.get(node)) is not None:
             return self.price * offer.passes_over_memory * written
         if ops.is_pointwise(node) or ops.is_fill(node) or _is_copy(node):
