@@ -57,3 +57,12 @@ def test_a_compiler_takes_a_backend_as_well_as_its_name() -> None:
 
     assert usable_backend(eager) is eager
     assert Compiler(Pipeline(), eager)._lowering is eager
+
+
+def test_models_whose_class_is_torchs_own_are_captured() -> None:
+    for model in (nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4)):
+        verification = verify(model, torch.randn(2, 4))
+
+        assert verification.ok
+        assert len(verification.explanation.training) == 1
+        assert len(explain(model, torch.randn(2, 4)).training) == 1
