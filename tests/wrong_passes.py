@@ -1,4 +1,4 @@
-"""Passes that are wrong on purpose, to see whether they are found. A plug-in file for `--plugin`."""
+"""Passes that are wrong on purpose, to see whether they are found; a file for `--plugin`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -4,7 +4,7 @@ import inspect
 import platform
 import re
 from dataclasses import MISSING, fields
-from importlib import import_module, metadata
+from importlib import import_module
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -189,6 +189,8 @@ def _python() -> dict[str, Any]:
 
 
 def _torch() -> dict[str, Any]:
+    from importlib import metadata
+
     try:
         version = metadata.version("torch")
     except metadata.PackageNotFoundError:
@@ -218,6 +220,8 @@ def _cuda() -> dict[str, Any]:
 
 
 def _transformers() -> dict[str, Any]:
+    from importlib import metadata
+
     try:
         return _row("transformers", True, metadata.version("transformers"))
     except metadata.PackageNotFoundError:

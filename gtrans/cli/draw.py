@@ -34,7 +34,7 @@ text { font: 11px ui-monospace, Menlo, Consolas, monospace; fill: #1f2937 }
 .forward { fill: #dbeafe; stroke: #60a5fa } .backward { fill: #fee2e2; stroke: #f87171 }
 .flow { fill: none; stroke: #9ca3af } .kept { fill: none; stroke: #d97706; stroke-opacity: 0.8 }
 .rebuilt { fill: none; stroke: #d97706; stroke-dasharray: 4 4; stroke-opacity: 0.8 }
-.bytes { fill: #b45309; paint-order: stroke; stroke: white; stroke-width: 3px }
+.bytes { fill: #b45309 } .halo { stroke: white; stroke-width: 4px; stroke-linejoin: round }
 """
 
 
@@ -181,9 +181,8 @@ def _grouped(nodes: list[fx.Node], key: Callable[[fx.Node], Hashable]) -> list[_
 
 
 def _title(node: fx.Node) -> str:
-    if node.op == "placeholder":
-        return f"{node.name} = input"
-    return f"{node.name} = {_short(node)}"
+    operator = _short(node)
+    return node.name if node.name.startswith(operator) else f"{node.name} = {operator}"
 
 
 def _short(node: fx.Node) -> str:
@@ -360,7 +359,8 @@ def _labels(edges: list[_Edge]) -> list[str]:
         total = human(sum(tensor_bytes(v.meta.get("val")) for v in values[key]))
         count = len(values[key])
         label = total if count == 1 else f"{count} values, {total}"
-        out.append(_text(_LEFT + _BOX + 6, box.top - 3, label, "bytes"))
+        place = (_LEFT + _BOX + 6, box.top - 3, label)
+        out += [_text(*place, "halo"), _text(*place, "bytes")]
     return out
 
 

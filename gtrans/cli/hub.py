@@ -8,6 +8,7 @@
 `batch` and `length` are no settings of the model but the size of its input.
 """
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def build(text: str) -> tuple[nn.Module, dict[str, Any]]:
     config = _config(text, name, settings, transformers)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # a cache is of no use in training
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = getattr(config, "pad_token_id", None) or 0
     try:
         model = _model(config, transformers)
         return model, _inputs(text, model, config, batch, length)
@@ -91,7 +94,7 @@ def _config(text: str, name: str, settings: dict[str, Any], transformers: Any) -
         try:
             base = json.loads(path.read_text())
             kind = base.pop("model_type")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(
                 f"MODEL {text!r}: {str(path)!r} is no config of transformers: it must be a JSON "
                 "object with a 'model_type'"
@@ -143,7 +146,7 @@ def _model(config: Any, transformers: Any) -> nn.Module:
 
 
 def _inputs(text: str, model: Any, config: Any, batch: int, length: int) -> dict[str, Any]:
-    accepted = model.forward.__code__.co_varnames
+    accepted = inspect.signature(model.forward).parameters
     if model.main_input_name == "pixel_values":
         inner = getattr(config, "vision_config", config)
         size = inner.image_size
