@@ -1,6 +1,7 @@
 """Bisection: the search itself, and that it finds rewrites that are wrong on purpose."""
 
 import importlib.util
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +38,8 @@ class Residual(nn.Module):
             torch._dynamo.graph_break()
         for block in self.blocks[2:]:
             x = x + self.dropout(nn.functional.gelu(block(x)))
-        return self.norm(x)
+        normed: torch.Tensor = self.norm(x)
+        return normed
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +50,6 @@ def wrong() -> Iterator[ModuleType]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     with registered(module.WrongScale, module.WrongPair, module.WrongForward, module.Raises):

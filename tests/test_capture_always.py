@@ -44,7 +44,7 @@ def test_explain_captures_every_time() -> None:
 
 def test_a_model_that_is_never_captured_does_not_pass() -> None:
     class Excluded(Small):
-        @torch.compiler.disable
+        @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x)
 

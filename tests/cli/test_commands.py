@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
+from typer.testing import Result
 
 import gtrans
 from gtrans.backends.inductor import Inductor
@@ -221,7 +221,7 @@ def test_explain_says_why_not(run: Run, model_file: str) -> None:
 
 
 def test_the_json_of_explain(run_json: RunJson, model_file: str) -> None:
-    value = run_json("explain", f"{model_file}:make", "--skip", "relu-mask")
+    value = run_json("explain", f"{model_file}:make", "-p", "relu-mask,plan", "--skip", "relu-mask")
 
     assert value.keys() == {
         "model",
