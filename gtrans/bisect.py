@@ -25,6 +25,7 @@ from gtrans.errors import GTransError, OptionError
 from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.source import location
 from gtrans.pipeline import Gate, Pipeline, Rewrite
+from gtrans.plan.planner import Plan
 from gtrans.replay import Recording
 from gtrans.verification import Loss, Verification, compare
 
@@ -60,6 +61,8 @@ class Bisection:
     Attributes:
         pipeline: the passes that were searched.
         rewrites: how many rewrites they perform.
+        background: rewrites that do no harm by themselves but without which others come to nothing,
+            performed in every check: what the plan does, which takes up the offers of passes.
         culprits: what breaks the gradient; empty where nothing does.
         complete: whether the gradient is right without the culprits. False if the search stopped at
             its limit, or if the gradient is wrong without any rewrite.
@@ -71,6 +74,7 @@ class Bisection:
 
     pipeline: Pipeline
     rewrites: int
+    background: tuple[int, ...]
     culprits: tuple[Culprit, ...]
     complete: bool
     checks: int
@@ -85,8 +89,9 @@ class Bisection:
 
     @property
     def numbers(self) -> str:
-        """The culprits' numbers, as `--only-rewrites` takes them."""
-        return format_numbers([r.number for c in self.culprits for r in c.rewrites])
+        """What shows the fault, as `--only-rewrites` takes it: culprits and background."""
+        numbers = [r.number for c in self.culprits for r in c.rewrites]
+        return format_numbers([*numbers, *self.background] if numbers else [])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for `--json`."""
@@ -102,6 +107,7 @@ class Bisection:
                 ]
                 for c in self.culprits
             ],
+            "background": list(self.background),
             "only_rewrites": self.numbers,
             "complete": self.complete,
             "checks": self.checks,
@@ -165,6 +171,7 @@ class _Search:
         self.on_check = on_check
         self.dtypes: Sequence[torch.dtype | None] = (torch.float64, None)
         self.recording: Recording | None = None
+        self.background: tuple[int, ...] = ()
         self.known: dict[frozenset[int], bool] = {}
         self.checks = 0
         self.recaptured = 0
@@ -179,14 +186,14 @@ class _Search:
         self._narrow_dtypes(whole)
         self.recording = self._record(gate.seen)
         culprits, complete = self._search(gate.seen, most)
-        final = Gate(frozenset(n for c in culprits for n in c))
+        final = Gate({*self.background, *(n for c in culprits for n in c)})
         verification = self._compare(final) if culprits else whole
         if self.recording is not None and (verification.ok or not culprits):
             # What the recorded graphs show is not what the model shows: trust only the model.
             self.recording = None
             self.known.clear()
             culprits, complete = self._search(gate.seen, most)
-            final = Gate(frozenset(n for c in culprits for n in c))
+            final = Gate({*self.background, *(n for c in culprits for n in c)})
             verification = self._compare(final) if culprits else whole
         performed = {r.number: r for r in (*gate.seen, *final.seen)}
         where = _places(verification)
@@ -201,10 +208,14 @@ class _Search:
 
     def _search(self, rewrites: Sequence[Rewrite], most: int) -> tuple[list[tuple[int, ...]], bool]:
         """Culprits as tuples of numbers, and whether the rest does no harm."""
+        self.background = ()
         if self.fails(()):
             return [], False
+        planned = tuple(r.number for r in rewrites if r.pass_name == Plan.name)
+        if not self.fails(planned):
+            self.background = planned
         found: list[tuple[int, ...]] = []
-        left = list(rewrites)
+        left = [r for r in rewrites if r.number not in self.background]
         while self.fails([r.number for r in left]):
             if len(found) == most:
                 return found, False
@@ -225,8 +236,8 @@ class _Search:
         return minimal_failing(sorted(n for g in passes for n in g), self.fails)
 
     def fails(self, numbers: Collection[int]) -> bool:
-        """Whether the gradient is wrong with these rewrites; remembered."""
-        key = frozenset(numbers)
+        """Whether the gradient is wrong with these rewrites and the background; remembered."""
+        key = frozenset((*numbers, *self.background))
         if key not in self.known:
             self.known[key] = self._check(key)
         return self.known[key]
@@ -286,6 +297,7 @@ class _Search:
         return Bisection(
             verification.explanation.pipeline,
             rewrites,
+            self.background,
             culprits,
             complete,
             self.checks,

@@ -52,7 +52,9 @@ def wrong() -> Iterator[ModuleType]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    with registered(module.WrongScale, module.WrongPair, module.WrongForward, module.Raises):
+    with registered(
+        module.WrongScale, module.WrongPair, module.WrongForward, module.WrongOffer, module.Raises
+    ):
         yield module
     del sys.modules[spec.name]
 
@@ -138,7 +140,8 @@ def test_the_single_wrong_rewrite_is_found(at: int) -> None:
     found = search(Residual(), f"relu-mask,wrong-scale{{at={at}}},plan")
 
     assert found.passes == ["wrong-scale"]
-    assert found.numbers == str(at + 1)
+    assert [r.number for c in found.culprits for r in c.rewrites] == [at + 1]
+    assert found.numbers == format_numbers([at + 1, 5])  # the plan is performed in every check
     assert found.complete
     assert not found.verification.ok
     assert found.recaptured == 2  # with all rewrites, and with the culprit to confirm
@@ -181,8 +184,19 @@ def test_a_wrong_rewrite_of_the_forward_graph_is_found() -> None:
     found = search(Residual(), "wrong-forward{at=2},wrong-scale{at=9},plan")
 
     assert found.passes == ["wrong-forward"]
-    assert found.numbers == "3"
+    assert found.numbers == "3,9"
     assert found.recaptured == found.checks  # the captured graph depends on the rewrite
+
+
+def test_a_wrong_offer_is_found_although_the_plan_must_take_it() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(8, 8), nn.GELU())))
+    model.append(nn.Linear(8, 8))
+
+    found = bisect(model, (torch.randn(6, 8),), {}, Pipeline.parse("wrong-offer{at=1},plan"))
+
+    assert [str(r) for c in found.culprits for r in c.rewrites] == ["#2 wrong-offer at gelu_1"]
+    assert found.background == (4,)
 
 
 def test_a_fault_without_any_rewrite_is_no_culprit() -> None:
@@ -236,6 +250,7 @@ def test_the_shape_of_the_json() -> None:
         "ok",
         "pipeline",
         "rewrites",
+        "background",
         "passes",
         "culprits",
         "only_rewrites",

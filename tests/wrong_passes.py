@@ -79,6 +79,38 @@ class WrongPair(_Scales):
 
 
 @dataclass(frozen=True)
+class WrongOffer(SitePass[JointGraph]):
+    """Offer GELU's output as something near it, which shows only where the plan takes the offer.
+
+    Args:
+        at: number of the one with the wrong offer.
+    """
+
+    name: ClassVar[str] = "wrong-offer"
+    knob: ClassVar[Knob] = Knob.RESIDUAL
+
+    at: int = 0
+
+    @property
+    def contract(self) -> Contract:
+        return Exact()
+
+    def sites(self, graph: JointGraph) -> Iterable[fx.Node]:
+        return graph.calls(aten.gelu.default)
+
+    def refuse(self, graph: JointGraph, site: fx.Node) -> str | None:
+        return None
+
+    def rewrite(self, graph: JointGraph, site: fx.Node) -> None:
+        factor = 1.001 if list(self.sites(graph)).index(site) == self.at else 1.0
+
+        def scaled(x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.gelu(x) * factor
+
+        graph.offer(site, scaled, site.args[0])
+
+
+@dataclass(frozen=True)
 class WrongForward(SitePass[ForwardGraph]):
     """Replace an exact GELU by its approximation and call that exact.
 
