@@ -15,7 +15,7 @@ def test_the_command_line_does_not_import_torch() -> None:
     assert _python(code) == "[]\n"
 
 
-def test_help_takes_little_longer_than_python_itself() -> None:
+def test_help_answers_at_once() -> None:
     # The fastest of several runs, since other work on the machine only ever makes one slower.
     def fastest(code: str) -> float:
         seconds = []
@@ -30,4 +30,5 @@ def test_help_takes_little_longer_than_python_itself() -> None:
         "import sys; sys.argv = ['gtrans', '--help']; from gtrans.cli.main import main; main()"
     )
 
-    assert with_help - bare < 0.15
+    # On a busy machine both take longer; importing torch alone takes some forty times as long.
+    assert with_help < max(0.15, 7 * bare)
