@@ -8,8 +8,9 @@ failure-inducing input, 2002, the algorithm ddmin); several that each break it, 
 
 The model is captured once. A check then runs the joint passes on a copy of the captured graphs and
 both halves on the recorded values of one step, which takes a fraction of capturing again. The
-result is confirmed by `gtrans.verification.compare` on the whole model. Where the recorded graphs cannot
-tell (a pass worked on the forward graph, so that capture differs), every check is a comparison.
+result is confirmed by `gtrans.verification.compare` on the whole model. Where the recorded graphs
+cannot tell (a pass worked on the forward graph, so that capture differs), every check is a
+comparison.
 """
 
 import time
