@@ -14,7 +14,7 @@ from html import escape
 from torch import fx
 
 from gtrans.ir import ops
-from gtrans.ir.joint import JointGraph, Side, tag
+from gtrans.ir.joint import JointGraph, Side, runs_in, tag
 from gtrans.ir.printer import target_name
 from gtrans.ir.sizes import human, shape_text, tensor_bytes
 from gtrans.ir.source import location
@@ -173,7 +173,7 @@ def _module(node: fx.Node, depth: int) -> str:
 def _grouped(nodes: list[fx.Node], key: Callable[[fx.Node], Hashable]) -> list[_Box]:
     boxes: dict[tuple[Hashable, Side], _Box] = {}
     for node in nodes:
-        side = tag(node).side
+        side = runs_in(node)
         name = key(node)
         title = name if isinstance(name, str) else _title(node)
         boxes.setdefault((name, side), _Box(side, title)).nodes.append(node)

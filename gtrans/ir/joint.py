@@ -485,6 +485,12 @@ def tag(node: fx.Node) -> Tag:
     return found
 
 
+def runs_in(node: fx.Node) -> Side:
+    """The half that runs a node: what a plan rebuilds depends on no tangent, yet runs backward."""
+    found = tag(node)
+    return Side.BACKWARD if found.placement is Placement.REBUILT else found.side
+
+
 def _has_value(node: object) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.op != "output"
 

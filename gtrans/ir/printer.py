@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from gtrans.ir import ops
-from gtrans.ir.joint import TAG, JointGraph, Side, tag
+from gtrans.ir.joint import TAG, JointGraph, Side, runs_in, tag
 from gtrans.ir.sizes import shape_text
 from gtrans.ir.source import location
 
@@ -70,7 +70,7 @@ def to_dot(joint: JointGraph, *, title: str = "joint graph") -> str:
     for side, color in ((Side.FORWARD, "#dbeafe"), (Side.BACKWARD, "#fee2e2")):
         out.append(f"  subgraph cluster_{side.value} {{ label={side.value}; color=gray;")
         for node in joint.graph.nodes:
-            if node.op == "output" or ops.is_getitem(node) or tag(node).side is not side:
+            if node.op == "output" or ops.is_getitem(node) or runs_in(node) is not side:
                 continue
             shape = shape_text(node.meta.get("val"))
             label = f"{node.name}\\n{target_name(node)}\\n{shape}"
@@ -80,7 +80,7 @@ def to_dot(joint: JointGraph, *, title: str = "joint graph") -> str:
         if node.op == "output" or ops.is_getitem(node):
             continue
         for source in _through_getitem(node.all_input_nodes):
-            residual = joint.is_forward(source) and joint.is_backward(node)
+            residual = runs_in(source) is Side.FORWARD and runs_in(node) is Side.BACKWARD
             style = ' [color="#b45309", penwidth=2, constraint=false]' if residual else ""
             out.append(f'  "{source.name}" -> "{node.name}"{style};')
     return "\n".join([*out, "}"]) + "\n"
@@ -113,10 +113,12 @@ def _text(argument: Any) -> str:
 
 
 def _mark(node: fx.Node) -> str:
-    """``|`` for forward, ``<`` for backward, so that one sees the two halves at a glance."""
+    """``|`` for forward, ``<`` for backward, ``~`` for forward work that the backward repeats."""
     if TAG not in node.meta:
         return " "
-    return "|" if tag(node).side is Side.FORWARD else "<"
+    if runs_in(node) is Side.FORWARD:
+        return "|"
+    return "<" if tag(node).side is Side.BACKWARD else "~"
 
 
 def _author(node: fx.Node) -> str:
