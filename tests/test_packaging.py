@@ -75,8 +75,9 @@ def test_wheel_declares_the_command_and_the_backend(wheel: zipfile.ZipFile) -> N
     assert declared["torch_dynamo_backends"]["gtrans"] == "gtrans.capture:dynamo_backend"
 
 
-def test_torch_finds_the_installed_backend() -> None:
-    (point,) = entry_points(group="torch_dynamo_backends", name="gtrans")
+@pytest.mark.parametrize("group", ["console_scripts", "torch_dynamo_backends"])
+def test_what_the_installed_package_declares_exists(group: str) -> None:
+    (point,) = entry_points(group=group, name="gtrans")
     assert callable(point.load())
 
 
