@@ -122,7 +122,7 @@ class Run:
         with phase("forward"):
             loss = contrastive_loss(self.model(**batch))
         with phase("backward"):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         return loss.item()
 
     def step(self, batch: Tokens) -> None:
@@ -156,8 +156,8 @@ def load_encoder() -> tuple[nn.Module, Any]:
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
-    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     folder = str(get_model_path())
     transformer = AutoModel.from_pretrained(
         folder,
@@ -182,12 +182,12 @@ def mend_torchvision() -> torch.library.Library | None:
         return None
     try:
         for path in Path(spec.origin).parent.glob("_C*.so"):
-            torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+            torch.ops.load_library(str(path))
     except OSError:
-        library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+        library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             schema = f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            library.define(schema)  # type: ignore[no-untyped-call]
+            library.define(schema)
         return library
     return None
 
@@ -229,7 +229,7 @@ def prepare(
 ) -> list[Run]:
     """Compiles both models and compares their first gradient with eager's, on one batch."""
     reference = copy.deepcopy(pretrained)
-    contrastive_loss(reference(**batch)).backward()  # type: ignore[no-untyped-call]
+    contrastive_loss(reference(**batch)).backward()
     runs = []
     for name in ("torch.compile", "gtrans"):
         model = copy.deepcopy(pretrained)
