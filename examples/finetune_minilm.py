@@ -17,6 +17,7 @@ import argparse
 import copy
 import importlib.util
 import logging
+import math
 import os
 import random
 import statistics
@@ -46,7 +47,7 @@ from gtrans.analysis.measure import Peak, measured_peak, paired_ratio, phase, sa
 OUT = Path("demo-out")
 WORDS_PER_PASSAGE = 45
 TEMPERATURE = 0.05
-HELD_OUT_PAIRS = 64
+HELD_OUT_PAIRS = 48
 MIB = 2**20
 GREY, BLUE = "#80858e", "#1f77b4"
 
@@ -58,10 +59,10 @@ class Settings:
     """Sizes of the run."""
 
     passes: int = 3
-    batches: int = 8
+    batches: int = 6
     pairs: int = 16
     length: int = 64
-    learning_rate: float = 5e-5
+    learning_rate: float = 3e-5
     plain_backend: str = "inductor"
     gtrans_backend: str = "inductor"
 
@@ -113,7 +114,7 @@ class Run:
     first_step_s: float = 0.0
     saved_bytes: int = 0
     peak: Peak = field(default_factory=lambda: Peak(0))
-    gradient_difference: float = 0.0
+    gradient_error: float = math.nan
     held_out: tuple[float, float] = (0.0, 0.0)
 
     def backward(self, batch: Tokens) -> float:
@@ -185,7 +186,8 @@ def mend_torchvision() -> torch.library.Library | None:
     except OSError:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            schema = f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            library.define(schema)
         return library
     return None
 
@@ -228,7 +230,6 @@ def prepare(
     """Compiles both models and compares their first gradient with eager's, on one batch."""
     reference = copy.deepcopy(pretrained)
     contrastive_loss(reference(**batch)).backward()
-    expected = {n: p.grad for n, p in reference.named_parameters()}
     runs = []
     for name in ("torch.compile", "gtrans"):
         model = copy.deepcopy(pretrained)
@@ -242,15 +243,26 @@ def prepare(
             start = time.perf_counter()
             run.backward(batch)
             run.first_step_s = time.perf_counter() - start
-        for parameter_name, p in model.named_parameters():
-            found, wanted = p.grad, expected[parameter_name]
-            if found is not None and wanted is not None:
-                difference = float((found - wanted).abs().max())
-                run.gradient_difference = max(run.gradient_difference, difference)
+        run.gradient_error = gradient_error(model, reference)
         model.zero_grad(set_to_none=True)
         console.print(f"{name}: first step, compilation included, {run.first_step_s:.1f} s")
         runs.append(run)
     return runs
+
+
+def gradient_error(model: nn.Module, reference: nn.Module) -> float:
+    """The largest difference of a gradient's element, relative to the largest element of all.
+
+    A missing gradient counts as zero, as everywhere in autograd; NaN anywhere gives NaN.
+    """
+
+    def gradients(of: nn.Module) -> list[torch.Tensor]:
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in of.parameters()]
+
+    pairs = list(zip(gradients(model), gradients(reference), strict=True))
+    errors = torch.stack([(found - wanted).abs().max() for found, wanted in pairs])
+    scale = torch.stack([wanted.abs().max() for _, wanted in pairs])
+    return float(errors.max() / scale.max())
 
 
 def train(runs: list[Run], data: list[Tokens], passes: int, console: Console) -> None:
@@ -304,7 +316,7 @@ def comparison(plain: Run, ours: Run) -> Table:
         paired_ratio(ours.seconds, plain.seconds),
     )
     row("first step, compiling", lambda r: f"{r.first_step_s:.1f} s")
-    row("largest gradient error", lambda r: f"{r.gradient_difference:.1e}")
+    row("gradient error, against eager", lambda r: f"{r.gradient_error:.1e}")
     row("loss, first -> last pass", lambda r: f"{r.pass_losses[0]:.4f} -> {r.pass_losses[-1]:.4f}")
     row("held-out loss, before -> after", lambda r: f"{r.held_out[0]:.4f} -> {r.held_out[1]:.4f}")
     return table

@@ -19,16 +19,18 @@ def test_explain_captures_one_training_graph(name: str) -> None:
 
 
 def test_optimize_captures_and_calls_the_hooks() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    first = nn.Linear(8, 8)
+    model = nn.Sequential(first, nn.Tanh())
     x = torch.randn(4, 8)
     model(x).sum().backward()
-    expected = model[0].weight.grad.clone()
+    assert first.weight.grad is not None
+    expected = first.weight.grad.clone()
     model.zero_grad(set_to_none=True)
     model.register_forward_hook(lambda module, args, output: 2 * output)
     gtrans.optimize(model, backend="eager")
     model(x).sum().backward()
     assert len(gtrans.report(model).training) == 1
-    torch.testing.assert_close(model[0].weight.grad, 2 * expected)
+    torch.testing.assert_close(first.weight.grad, 2 * expected)
 
 
 def test_models_do_not_share_a_recompilation_limit() -> None:

@@ -1,9 +1,9 @@
 """Measure a training step: peak memory, memory held for the backward, and time.
 
 Everything here looks at the allocator from outside, so that a plain eager model, `torch.compile`
-and gtrans are measured by the same rule. Hooks on saved tensors agree with it where every saved
-value goes through `save_for_backward` (a test checks that), but AOTAutograd may keep values that
-need no version check beside it, out of the hooks' sight.
+and gtrans are measured by the same rule. Hooks on saved tensors agree with it where every value
+goes through `save_for_backward` (a test checks that), but AOTAutograd may keep values that need no
+version check beside it, out of the hooks' sight.
 
     CPU     memory events of the profiler; every block that the step allocates, by address
     CUDA    the counters of the caching allocator, which round blocks up to 512 bytes
@@ -168,7 +168,7 @@ def interleaved_seconds(
     kind = _supported(device)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(-warm_up, rounds):
-        order = list(steps) if number % 2 == 0 else list(steps)[::-1]
+        order = list(steps)[:: 1 if number % 2 == 0 else -1]
         for name in order:
             start = time.perf_counter()
             steps[name]()
