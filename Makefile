@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
 
-.PHONY: help demo test lint types format clean
+.PHONY: help demo test bench lint types format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -27,6 +27,9 @@ demo: $(VENV)/.ready  ## fine-tune a pretrained model with and without gtrans, a
 
 test: $(VENV)/.ready  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+bench: $(VENV)/.ready  ## run the benchmarks, the quick part of each
+	for name in gradients saved-bytes overhead; do $(BIN)/python -m benchmarks $$name --quick || exit 1; done
 
 lint: $(VENV)/.ready  ## check style
 	$(BIN)/ruff check .
