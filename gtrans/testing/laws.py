@@ -11,6 +11,7 @@ What a pass must keep follows from its knob and its contract; no law needs a lin
     forward_is_unchanged              every knob but operator and parameters
     saves_no_more                     knob residual
     linear_in_the_cotangent           passes with `linear = True` (the default)
+    special_values_pass_alike         passes that are exact to the bit
     gradient_keeps_the_contract       every pass, by its contract:
         exact        every element, in float64 and in the working type; if bitwise, every bit
         close        the relative error of every gradient
@@ -35,7 +36,14 @@ from gtrans.core import Knob, Pass, Stats
 from gtrans.errors import VerifyError
 from gtrans.pipeline import Gate, Graph, Pipeline, Step
 from gtrans.plan.planner import Plan
-from gtrans.testing.measure import Cotangents, Record, Runner, Values, other_values
+from gtrans.testing.measure import (
+    Cotangents,
+    Record,
+    Runner,
+    Values,
+    other_values,
+    with_special_values,
+)
 from gtrans.testing.placement import RandomPlacement, graph_text
 
 _PLAIN = Pipeline((Plan(recompute="none"),))
@@ -315,7 +323,8 @@ def linear_in_the_cotangent(case: Case) -> None:
         both,
         f"{case.pipeline}: not linear in the cotangent (declare linear = False if that is meant): "
         "gradient of ",
-        1e-9,
+        # Three gradients, each within the admitted error of a linear map.
+        6 * contract.rtol if isinstance(contract := case.contract, Close) else 1e-9,
     )
 
 
@@ -339,6 +348,22 @@ def gradient_keeps_the_contract(case: Case) -> None:
             _require_finite(case.working, str(case.pipeline))
 
 
+def special_values_pass_alike(case: Case) -> None:
+    """NaN, infinities, zeros and subnormals in the inputs give the same bits without the pass.
+
+    Raises:
+        VerifyError: a bit differs.
+    """
+    if case.contract != Exact(bitwise=True) or not case.knobs <= _FORWARD_KNOBS:
+        return
+    inputs = with_special_values(case.inputs)
+    before = Runner(case.model, inputs, _PLAIN).step(case.seed)
+    after = Runner(case.model, inputs, case.pipeline).step(case.seed)
+    where = f"{case.pipeline}: with NaN and infinities among the inputs, "
+    _require_bitwise(before.outputs, after.outputs, where)
+    _require_bitwise(before.gradients, after.gradients, f"{where}gradient of ")
+
+
 LAWS: tuple[Callable[[Case], None], ...] = (
     forward_is_unchanged,
     gradient_keeps_the_contract,
@@ -349,6 +374,7 @@ LAWS: tuple[Callable[[Case], None], ...] = (
     any_cut_gives_the_same,
     linear_in_the_cotangent,
     graph_does_not_depend_on_values,
+    special_values_pass_alike,
 )
 
 
