@@ -79,7 +79,7 @@ def _can_be_rebuilt(node: fx.Node, overwritten: set[fx.Node]) -> bool:
 
 
 def graph_text(graph: JointGraph | ForwardGraph) -> str:
-    """A graph as text that is equal for equal graphs: operators, shapes, sides and placements."""
+    """A graph as text that is equal for equal graphs: operators, shapes, placements, offers."""
     code = to_code(graph.graph, lines=False, fold_getitem=False)
     if isinstance(graph, ForwardGraph):
         return code
@@ -88,4 +88,8 @@ def graph_text(graph: JointGraph | ForwardGraph) -> str:
         for n in graph.nodes
         if n.op != "output" and tag(n).placement is not Placement.AUTO
     ]
-    return "\n".join([code, *placed])
+    offered = [
+        f"offered {value.name} = {getattr(o.function, '__qualname__', o.function)}{o.inputs}"
+        for value, o in sorted(graph.offers.items())
+    ]
+    return "\n".join([code, *placed, *offered])
