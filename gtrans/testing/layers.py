@@ -120,11 +120,8 @@ class Along(nn.Module):
         self.inner = inner
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dim() == 2:
-            y: torch.Tensor = self.inner(x)
-            return y
-        y: torch.Tensor = self.inner(x.transpose(1, 2)).transpose(1, 2)
-        return y
+        y: torch.Tensor = self.inner(x if x.dim() == 2 else x.transpose(1, 2))
+        return y if x.dim() == 2 else y.transpose(1, 2)
 
 
 class Attention(nn.Module):

@@ -178,6 +178,9 @@ class _Meter:
     def unavailable(self) -> str | None:
         return self.inner.unavailable()
 
+    def prepare(self, half: Half) -> Half:
+        return self.inner.prepare(half)
+
     def compile(self, half: Half) -> Runnable:
         run = self.inner.compile(half)
         if half.role != "forward" or self.compiler is None:

@@ -25,7 +25,8 @@ class Written(nn.Module):
         self.function = function
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.function(self.first(x)))
+        y: torch.Tensor = self.last(self.function(self.first(x)))
+        return y
 
 
 def joint_of(model: nn.Module, *inputs: torch.Tensor) -> JointGraph:

@@ -35,7 +35,7 @@ def test_a_small_graph_prints_as_code() -> None:
 def test_lines_of_the_model_head_their_nodes() -> None:
     code = to_code(joint_with(torch.relu).graph)
     assert "# graphs.py:" in code
-    assert "return self.last(self.function(self.first(x)))" in code
+    assert "self.last(self.function(self.first(x)))" in code
 
 
 def test_parts_of_tuples_are_printed_where_they_are_used() -> None:

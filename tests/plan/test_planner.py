@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import gtrans.testing as kit
 from gtrans.core import HELD_BACK
 from gtrans.errors import OptionError, PlanError
-from gtrans.ir.joint import Placement, tag
+from gtrans.ir.joint import JointGraph, Placement, tag
 from gtrans.pipeline import Gate, Pipeline
 from gtrans.plan.planner import Plan
 from gtrans.plan.realise import realise
@@ -28,6 +28,7 @@ def test_cheap_operators_run_again_right_before_their_first_reader() -> None:
 def test_without_recomputation_everything_that_is_read_is_kept() -> None:
     joint, (step,) = Pipeline((Plan(recompute="none"),)).run(joint_with(F.gelu))
     assert step.stats.rewritten == 0
+    assert isinstance(joint, JointGraph)
     assert aten.gelu.default in {n.target for n in joint.cut or ()}
 
 
