@@ -159,6 +159,7 @@ class _Meter:
     """The eager backend, which also counts the distinct storages that forward halves hand over."""
 
     name = "metered eager"
+    overwrites_saved = False
 
     def __init__(self, model: nn.Module) -> None:
         self.inner: Backend = load_backend("eager")
