@@ -130,7 +130,9 @@ def test_without_leaves_passes_out_and_knows_their_names() -> None:
 def test_a_weaker_pass_than_admitted_is_named() -> None:
     pipeline = Pipeline((Options(1), Plan()))
     pipeline.require("close")
-    with pytest.raises(ContractError, match=r"pass 'options' is close \(0.1\), weaker than .*allow"):
+    with pytest.raises(
+        ContractError, match=r"pass 'options' is close \(0.1\), weaker than .*allow"
+    ):
         pipeline.require("exact")
     assert pipeline.contract == Close(0.1)
 
