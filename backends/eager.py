@@ -14,6 +14,7 @@ class Eager:
     """The reference lowering: no fusion, no rewriting, nothing to compile."""
 
     name = "eager"
+    overwrites_saved = False
 
     def unavailable(self) -> str | None:
         """Always available."""

@@ -27,6 +27,7 @@ class Inductor:
     """The default lowering where a C++ compiler or Triton is at hand."""
 
     name = "inductor"
+    overwrites_saved = True
 
     def unavailable(self) -> str | None:
         """Says which compiler is missing."""

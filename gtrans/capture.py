@@ -186,6 +186,8 @@ class _Job:
                 static_inputs=_static_inputs(module, role),
                 graph=self.record.index,
             )
+            if role == "forward" and not self.owner._lowering.overwrites_saved:
+                _keep_saved_values()
             half = self.owner._lowering.prepare(half)
             self.record.own_seconds += time.perf_counter() - start
             start = time.perf_counter()
@@ -327,6 +329,13 @@ def _inputs_of(module: fx.GraphModule) -> list[Input]:
         else:
             found.append(Input(path, "input"))
     return found
+
+
+def _keep_saved_values() -> None:
+    """Tells AOTAutograd that no backward overwrites its inputs, so that it may run twice."""
+    context = TracingContext.try_get()
+    if context is not None and context.fw_metadata is not None:
+        context.fw_metadata.bw_donated_idxs = []
 
 
 def _static_inputs(module: fx.GraphModule, role: Role) -> list[int]:

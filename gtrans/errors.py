@@ -36,10 +36,6 @@ class PlanError(GTransError, RuntimeError):
     """No plan fits what was asked for."""
 
 
-class BackendError(GTransError, RuntimeError):
-    """A lowering cannot run here."""
-
-
 class VerifyError(GTransError, AssertionError):
     """A rewritten step does not compute what its contract promises."""
 

@@ -30,6 +30,7 @@ class _Recorder:
     """Runs halves as `eager` does, and keeps what they are called with: by role, graph and name."""
 
     name: str = "recorder"
+    overwrites_saved: bool = False
     seen: dict[tuple[Role, int], Values] = field(default_factory=dict)
 
     def unavailable(self) -> str | None:
@@ -111,7 +112,7 @@ class Recording:
             runs.append(self._run(captured.index, graph))
         contract = compose_all(contracts)
         return [
-            _compare(name[1], name[0], value, run[name], contract, self._size)
+            _compare(name[1], name[0], value, run[name], contract, self._size, 0.0)
             for expected, run in zip(self._expected, runs, strict=True)
             for name, value in expected.items()
             if value is not None or run[name] is not None

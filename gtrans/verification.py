@@ -196,9 +196,12 @@ def compare(
         if gate is not None:
             gate.seen = compiler.gate.seen
         size = _longest_sum(model, arguments)
+        floor = _rounding_scale(expected)
         for name, (kind, value) in expected.items():
             found = actual[name][1]
-            comparisons.append(_compare(name, kind, value, found, explanation.contract, size))
+            comparisons.append(
+                _compare(name, kind, value, found, explanation.contract, size, floor)
+            )
     assert explanation is not None
     return Verification(explanation.contract, comparisons, explanation, notes)
 
@@ -278,6 +281,7 @@ def _compare(
     actual: torch.Tensor | None,
     contract: Contract,
     longest_sum: int,
+    floor: float,
 ) -> Comparison:
     if expected is None and actual is None:
         return Comparison(name, kind, torch.float32, 0.0, 0.0, 1.0, 0.0)
@@ -292,14 +296,29 @@ def _compare(
     a, b = a.double(), b.double()
     same = (a == b) | (a.isnan() & b.isnan())
     difference = torch.where(same, 0.0, a - b)
-    norm = float(torch.where(a.isfinite(), a, 0.0).norm())
+    norm = _finite_norm(a)
     error = float(difference.norm())
-    relative = error / norm if norm > 0 else (0.0 if error == 0 else math.inf)
+    scale = max(norm, floor) if kind == "gradient" else norm
+    relative = error / scale if scale > 0 else (0.0 if error == 0 else math.inf)
     other = float(b.norm())
     cosine = float((a * b).sum()) / (norm * other) if norm > 0 and other > 0 else 1.0
     largest = float(difference.abs().max()) if difference.numel() else 0.0
     bound = _bound(kind, dtype, contract, longest_sum)
     return Comparison(name.strip(), kind, dtype, largest, relative, cosine, bound)
+
+
+def _finite_norm(value: torch.Tensor) -> float:
+    return float(torch.where(value.isfinite(), value, 0.0).double().norm())
+
+
+def _rounding_scale(values: dict[str, tuple[str, torch.Tensor | None]]) -> float:
+    """What small gradients are measured by: a thousandth of the largest.
+
+    Some gradients are zero but for rounding (of a bias before a norm, of the bias of attention's
+    keys); their own size says nothing about how large an error in them is.
+    """
+    norms = [_finite_norm(v) for kind, v in values.values() if kind == "gradient" and v is not None]
+    return 1e-3 * max(norms, default=0.0)
 
 
 def _bound(kind: str, dtype: torch.dtype, contract: Contract, longest_sum: int) -> float:

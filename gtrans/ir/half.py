@@ -50,9 +50,16 @@ class Half:
 
 
 class Backend(Protocol):
-    """A lowering."""
+    """A lowering.
+
+    Attributes:
+        name: as given to `optimize`.
+        overwrites_saved: whether its backward reuses the memory of saved values, as long as it runs
+            once: `backward(retain_graph=True)` is then refused by torch.
+    """
 
     name: str
+    overwrites_saved: bool
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine; None if it can."""

@@ -88,10 +88,12 @@ def read_directly(joint: JointGraph) -> tuple[fx.Node, ...]:
         for source in ops.tensor_inputs(node)
     ]
     pending += [g for g in joint.gradients if g is not None]
+    seen: set[fx.Node] = set()
     while pending:
         source = pending.pop()
-        if not joint.is_forward(source):
+        if source in seen or not joint.is_forward(source):
             continue
+        seen.add(source)
         if tag(source).placement is Placement.REBUILT:
             pending += ops.tensor_inputs(source)
         else:

@@ -22,7 +22,8 @@ class Function(nn.Module):
         self.function = function
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(x)
+        y: torch.Tensor = self.function(x)
+        return y
 
 
 class Residual(nn.Module):
@@ -33,22 +34,23 @@ class Residual(nn.Module):
         self.inner = inner
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.inner(x)
+        y: torch.Tensor = x + self.inner(x)
+        return y
 
 
 class Coupling(nn.Module):
     """Two additive streams along a dimension; an odd last feature passes by."""
 
-    def __init__(self, first: nn.Module, second: nn.Module, half: int, dim: int) -> None:
+    def __init__(self, first: nn.Module, second: nn.Module, size: int, dim: int) -> None:
         super().__init__()
         self.first = first
         self.second = second
-        self.half = half
+        self.size = size
         self.dim = dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rest = x.shape[self.dim] - 2 * self.half
-        a, b, c = x.split([self.half, self.half, rest], self.dim)
+        rest = x.shape[self.dim] - 2 * self.size
+        a, b, c = torch.split(x, [self.size, self.size, rest], self.dim)
         a = a + self.first(b)
         b = b + self.second(a)
         return torch.cat([a, b, c], self.dim)
@@ -64,7 +66,8 @@ class Perceptron(nn.Module):
         self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.activation(self.up(x)))
+        y: torch.Tensor = self.down(self.activation(self.up(x)))
+        return y
 
 
 class Gate(nn.Module):
@@ -75,7 +78,8 @@ class Gate(nn.Module):
         self.gate = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.sigmoid(self.gate(x))
+        y: torch.Tensor = x * torch.sigmoid(self.gate(x))
+        return y
 
 
 class Centre(nn.Module):
@@ -104,7 +108,8 @@ class Twice(nn.Module):
         self.inner = inner
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(torch.tanh(self.inner(x)))
+        y: torch.Tensor = self.inner(torch.tanh(self.inner(x)))
+        return y
 
 
 class Along(nn.Module):
@@ -115,9 +120,8 @@ class Along(nn.Module):
         self.inner = inner
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dim() == 2:
-            return self.inner(x)
-        return self.inner(x.transpose(1, 2)).transpose(1, 2)
+        y: torch.Tensor = self.inner(x if x.dim() == 2 else x.transpose(1, 2))
+        return y if x.dim() == 2 else y.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -144,7 +148,8 @@ class Attention(nn.Module):
             mixed = torch.softmax(scores, -1) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.kind == "causal")
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        y: torch.Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return y
 
 
 class Loop(nn.Module):

@@ -159,6 +159,7 @@ class _Meter:
     """The eager backend, which also counts the distinct storages that forward halves hand over."""
 
     name = "metered eager"
+    overwrites_saved = False
 
     def __init__(self, model: nn.Module) -> None:
         self.inner: Backend = load_backend("eager")
@@ -177,6 +178,9 @@ class _Meter:
 
     def unavailable(self) -> str | None:
         return self.inner.unavailable()
+
+    def prepare(self, half: Half) -> Half:
+        return self.inner.prepare(half)
 
     def compile(self, half: Half) -> Runnable:
         run = self.inner.compile(half)
@@ -236,6 +240,27 @@ def other_values(inputs: Sequence[Any], seed: int = 1) -> tuple[Any, ...]:
         else:
             order = torch.randperm(value.numel(), generator=generator)
             twin.copy_(value.flatten()[order.to(value.device)].view(value.shape))
+        return twin.requires_grad_(value.requires_grad)
+
+    made: tuple[Any, ...] = pytree.tree_map(changed, tuple(inputs))
+    return made
+
+
+def with_special_values(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """The same inputs with NaN, infinities, zeros and subnormals spread over the floating ones."""
+
+    def changed(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        (twin,) = _in_dtype((value.detach(),), None)
+        tiny = torch.finfo(value.dtype).smallest_normal / 4
+        special = [math.nan, math.inf, -math.inf, 0.0, -0.0, tiny, -tiny]
+        count = value.numel()
+        flat = twin.flatten()
+        # From the front and sparsely: later rows of a batch stay regular.
+        for i, number in zip(range(0, count, max(2, count // 14)), special, strict=False):
+            flat[i] = number
+        twin.copy_(flat.view(value.shape))
         return twin.requires_grad_(value.requires_grad)
 
     made: tuple[Any, ...] = pytree.tree_map(changed, tuple(inputs))

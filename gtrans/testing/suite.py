@@ -46,7 +46,8 @@ def single_layer_models() -> list[ModelSpec]:
         seen.update(names if family != "image" else [])
         for name in names:
             chosen = (name, "scale", _product(family)) if name else ()
-            found.append(ModelSpec(family=family, layers=chosen, ending=endings[family]))
+            # Eight features: some passes want sizes that fill a byte with bits.
+            found.append(ModelSpec(family, chosen, width=8, ending=endings[family]))
     return found
 
 

@@ -1,0 +1,72 @@
+"""What every pass may rely on in a captured graph."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gtrans.ir import ops
+from tests.ir.graphs import Written, joint_of, joint_with
+
+aten = torch.ops.aten
+
+
+def test_the_backward_of_relu_reads_relu_itself() -> None:
+    joint = joint_with(torch.relu)
+    (relu,) = joint.calls(aten.relu.default)
+    (backward,) = joint.calls(aten.threshold_backward.default)
+    assert backward.args[1] is relu
+    assert not joint.calls(aten.detach.default, aten.alias.default)
+
+
+def test_chains_of_reshapes_become_one() -> None:
+    joint = joint_with(lambda x: torch.tanh(x).view(4, 2).view(8).view(2, 4) * 2)
+    (y,) = joint.calls(aten.tanh.default)
+    (product,) = [n for n in joint.calls(aten.mul.Tensor) if joint.is_forward(n)]
+    assert product.args[0] is y
+
+
+def test_a_reshape_of_a_strided_value_stays() -> None:
+    joint = joint_with(lambda x: torch.tanh(x).t().reshape(2, 4))
+    (y,) = joint.calls(aten.tanh.default)
+    (product,) = [
+        n
+        for n in joint.calls(aten.mm.default)
+        if joint.is_forward(n) and n.args[1] is not y and n.args[0] is not joint.primals[1]
+    ][-1:]
+    assert product.args[0] is not y
+
+
+def test_equal_computations_are_one_node() -> None:
+    joint = joint_with(lambda x: torch.sin(x) + torch.sin(x) * 2)
+    assert len([n for n in joint.calls(aten.sin.default) if joint.is_forward(n)]) == 1
+
+
+def test_equal_numbers_of_other_types_are_not_merged() -> None:
+    joint = joint_with(lambda x: (x * 1).sum(1, keepdim=True) + x * 1.0)
+    assert len([n for n in joint.calls(aten.mul.Tensor) if joint.is_forward(n)]) == 2
+
+
+def test_two_draws_stay_two() -> None:
+    joint = joint_with(lambda x: F.dropout(x, 0.5) + F.dropout(x, 0.5))
+    assert len([n for n in joint.nodes if ops.is_random(n) and joint.is_forward(n)]) == 2
+
+
+def test_every_node_has_a_value_and_its_own_metadata() -> None:
+    joint = joint_of(nn.Sequential(Written(F.gelu), nn.LayerNorm(4)), torch.randn(2, 4))
+    nested: list[int] = []
+    for node in joint.nodes:
+        if node.op not in ("output", "get_attr"):
+            assert "val" in node.meta
+        nested += [id(v) for v in node.meta.values() if type(v) is dict]
+    assert len(nested) == len(set(nested))
+
+
+def test_no_decomposition_has_happened() -> None:
+    joint = joint_of(nn.Sequential(Written(F.gelu), nn.LayerNorm(4)), torch.randn(2, 4))
+    for target in (
+        aten.gelu.default,
+        aten.gelu_backward.default,
+        aten.native_layer_norm.default,
+        aten.native_layer_norm_backward.default,
+    ):
+        assert len(joint.calls(target)) == 1
