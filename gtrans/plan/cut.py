@@ -107,6 +107,25 @@ def recipe(joint: JointGraph, node: fx.Node) -> list[fx.Node]:
     return ops.tensor_inputs(node) if offer is None else offer.nodes
 
 
+def _made_of_what_they_rebuild(joint: JointGraph) -> set[fx.Node]:
+    """Inputs of an offer that are computed from the offered value: `mask -> packed -> mask`.
+
+    Were they run again in turn, each of the two would be computed from the other and neither kept;
+    an infinite edge is satisfied by such a circle, so the circle has to be opened here.
+    """
+    closing: set[fx.Node] = set()
+    for value, offer in joint.offers.items():
+        last = max(offer.nodes, default=value)
+        below, pending = {value}, [value]
+        while pending:
+            for user in pending.pop().users:
+                if user not in below and joint.is_forward(user) and user <= last:
+                    below.add(user)
+                    pending.append(user)
+        closing.update(n for n in offer.nodes if n in below and n is not value)
+    return closing
+
+
 def storage_of(node: fx.Node) -> fx.Node:
     """The node that allocated what a value is stored in: the value itself, unless it is a view."""
     while ops.is_view(node) or (ops.is_getitem(node) and ops.is_view(node.all_input_nodes[0])):
@@ -130,6 +149,7 @@ class _Network:
         self.index = {n: 2 + 2 * i for i, n in enumerate(self.values)}
         self.edges: list[_Edge] = []
         self.needed = {g for g in joint.gradients if g is not None and joint.is_forward(g)}
+        self.made_of_what_they_rebuild = _made_of_what_they_rebuild(joint)
         self.overwritten = {storage_of(n.all_input_nodes[0]) for n in self.values if ops.mutates(n)}
 
     def add(self, node: fx.Node, cost: RecomputeCost) -> None:
@@ -206,6 +226,8 @@ class _Network:
 
     def _price(self, node: fx.Node, cost: RecomputeCost) -> float:
         if node not in self.joint.offers:
+            if node in self.made_of_what_they_rebuild:
+                return np.inf
             if node.op in ("placeholder", "get_attr") or ops.is_effect(node) or ops.is_random(node):
                 return np.inf
             if ops.is_view(node) or ops.is_getitem(node):
