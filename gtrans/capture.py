@@ -113,6 +113,8 @@ class Compiler:
             skip_failures=self.skip_failures,
         )
         self._warn(record.forward_steps)
+        assert isinstance(forward, ForwardGraph)
+        forward = self.pipeline.marked(forward)
         record.own_seconds += time.perf_counter() - start
         job = _Job(self, record, _inputs_of(module), len(_outputs_of(module)))
         trace = aot_autograd(
@@ -395,6 +397,9 @@ def as_captured(compiled: Callable[..., Any]) -> Callable[..., Any]:
             inner = error.inner_exception
             if isinstance(inner, GTransError):
                 raise inner from None
-            raise
+            raise CaptureError(
+                f"a captured graph could not be compiled: {type(inner).__name__}: {inner}\n"
+                "  gtrans.restore(model) lets the model run as it was written"
+            ) from inner
 
     return call

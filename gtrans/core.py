@@ -108,6 +108,13 @@ class Pass(ABC, Generic[GraphT]):
             What was matched, rewritten and skipped, and why.
         """
 
+    def mark(self, graph: ForwardGraph) -> None:
+        """Puts taps on the forward values whose cotangents `run` has to find in the joint graph.
+
+        Called on the captured forward graph before autograd; see `gtrans.rewrite.wires`. A pass
+        that edits no wires need not override it.
+        """
+
     def __str__(self) -> str:
         """The pass as pipeline text: its name, and the options that are not at their default."""
         given = [

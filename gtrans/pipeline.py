@@ -26,7 +26,7 @@ from gtrans.registry import load_pass, pass_table
 
 Graph = JointGraph | ForwardGraph
 
-DEFAULT = "relu-mask,norm-output,dropout-output,plan"
+DEFAULT = "relu-mask,norm-output,dropout-output,bit-masks,plan"
 """The pipeline of `optimize(model)`: exact passes only."""
 
 ALIASES = {"default": DEFAULT, "none": ""}
@@ -134,6 +134,16 @@ class Pipeline:
     def on(self, kind: type[Graph]) -> "Pipeline":
         """The passes that work on this kind of graph."""
         return Pipeline(tuple(p for p in self.passes if p.works_on is kind))
+
+    def marked(self, graph: ForwardGraph) -> ForwardGraph:
+        """The forward graph with the taps of all joint passes; itself if none asks for any."""
+        asking = [p for p in self.on(JointGraph).passes if type(p).mark is not Pass.mark]
+        if not asking:
+            return graph
+        private = graph.copy()
+        for p in asking:
+            p.mark(private)
+        return private
 
     def require(self, weakest: str) -> None:
         """Checks that no pass promises less than the named contract.

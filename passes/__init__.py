@@ -7,5 +7,6 @@ PASSES: dict[str, str] = {
     "relu-mask": "gtrans.passes.residual.relu_mask:ReluMask",
     "dropout-output": "gtrans.passes.residual.dropout_output:DropoutOutput",
     "norm-output": "gtrans.passes.residual.norm_output:NormOutput",
+    "cut": "gtrans.passes.wire.cut:Cut",
     "bit-masks": "gtrans.passes.residual.bit_masks:BitMasks",
 }

@@ -55,6 +55,16 @@ class ForwardGraph:
         node.meta["made_by"] = self.author
         return node
 
+    def insert_after(
+        self, anchor: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> fx.Node:
+        """Inserts a call right after a node and fills in its value and source line."""
+        node = self.insert_before(anchor.next, target, *args, **kwargs)
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in anchor.meta:
+                node.meta[key] = anchor.meta[key]
+        return node
+
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Lets every user of `old` read `new` instead, and erases `old`.
 

@@ -26,10 +26,13 @@ ROWWISE = frozenset(
     }
 )
 
-# Copies into another layout: pointwise in effect, untagged by torch.
+# Copies into another layout, look-ups and fills: pointwise in effect, untagged by torch.
 COPIES = frozenset(
     {
         aten.clone.default,
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.full_like.default,
         aten._to_copy.default,
         aten.cat.default,
         aten.stack.default,

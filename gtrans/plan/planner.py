@@ -23,6 +23,7 @@ from gtrans.ir.sizes import human, tensor_bytes
 from gtrans.plan.cut import minimum_cut, read_directly
 from gtrans.plan.realise import realise
 from gtrans.plan.saved import saved_bytes
+from gtrans.rewrite.wires import erase_taps
 
 # What the user put into `torch.utils.checkpoint`: to be run again, products included.
 _ASKED_FOR = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
@@ -58,6 +59,7 @@ class Plan(Pass[JointGraph]):
 
     def run(self, graph: JointGraph, permitted: Permission) -> Stats:
         """Fixes the cut of the graph."""
+        erase_taps(graph)
         plain = read_directly(graph)
         stats = Stats(matched=len(plain))
         if self.recompute == "none" or not permitted("the cut"):

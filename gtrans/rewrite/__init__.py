@@ -1,0 +1,1 @@
+"""Graph edits that several passes share."""

@@ -1,0 +1,1 @@
+"""Passes that edit the wire: where an incoming cotangent comes from (knob G)."""
