@@ -1,5 +1,6 @@
 """Edits of the wire between a value and its cotangent, found by `gtrans.runtime.tap` markers."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,19 +39,26 @@ def mark(graph: ForwardGraph, node: fx.Node, key: str) -> fx.Node:
     return marker
 
 
-def outputs_of_module(graph: ForwardGraph, path: str) -> list[fx.Node]:
-    """The differentiable values that a module hands to the rest of the model.
+def outputs_of_modules(graph: ForwardGraph, pattern: str) -> list[fx.Node]:
+    """The differentiable values that modules hand to the rest of the model.
 
     Args:
         graph: a captured forward.
-        path: path of the module ("encoder.layers.3"); every call of a reused module counts.
+        pattern: path of a module ("encoder.layers.3"), or a pattern of paths whose "*" stands for
+            one name ("encoder.layers.*"). Every call of a reused module counts.
     """
-    inside = {n for n in graph.nodes if path in modules_of(n)}
-    return [
-        n
-        for n in graph.nodes
-        if n in inside and _is_floating(n) and any(user not in inside for user in n.users)
-    ]
+    wanted = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+    inside: dict[str, set[fx.Node]] = {}
+    for node in graph.nodes:
+        for path in filter(wanted.fullmatch, modules_of(node)):
+            inside.setdefault(path, set()).add(node)
+    found = {
+        node
+        for nodes in inside.values()
+        for node in nodes
+        if _is_floating(node) and any(user not in nodes for user in node.users)
+    }
+    return sorted(found)
 
 
 def modules_of(node: fx.Node) -> list[str]:

@@ -54,7 +54,7 @@ def single_layer_models() -> list[ModelSpec]:
 def models_it_rewrites(passes: "str | Pass[Any] | Pipeline") -> list[ModelSpec]:
     """The single-layer models in which the passes rewrite something."""
     pipeline = at_any_size(passes)
-    if any(p.works_on is not JointGraph for p in pipeline.passes):
+    if any(p.works_on is not JointGraph or type(p).mark is not Pass.mark for p in pipeline.passes):
         return [spec for spec in single_layer_models() if _rewrites_when_captured(pipeline, spec)]
     found = []
     for spec in single_layer_models():

@@ -20,21 +20,22 @@ from gtrans.contract import Contract, Local
 from gtrans.core import Knob, SitePass, require
 from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.joint import JointGraph
-from gtrans.rewrite.wires import cut, mark, outputs_of_module, taps
+from gtrans.rewrite.wires import cut, mark, outputs_of_modules, taps
 
 
 @dataclass(frozen=True)
 class Cut(SitePass[JointGraph]):
-    """Detach the output of a module.
+    """Detach the output of a module, or of several.
 
     Args:
-        at: path of the module in the model, such as "encoder.layers.3".
+        at: path of the module in the model, such as "encoder.layers.3", or a pattern of paths such
+            as "encoder.layers.*". By default every module that the model holds directly.
     """
 
     name: ClassVar[str] = "cut"
     knob: ClassVar[Knob] = Knob.WIRE
 
-    at: str
+    at: str = "*"
 
     def __post_init__(self) -> None:
         require(bool(self.at), "cut: at must name a module, such as 'encoder.layers.3'")
@@ -46,7 +47,7 @@ class Cut(SitePass[JointGraph]):
 
     def mark(self, graph: ForwardGraph) -> None:
         """Taps the module's outputs."""
-        for number, node in enumerate(outputs_of_module(graph, self.at)):
+        for number, node in enumerate(outputs_of_modules(graph, self.at)):
             mark(graph, node, f"cut {self.at} {number}")
 
     def sites(self, graph: JointGraph) -> Iterable[fx.Node]:

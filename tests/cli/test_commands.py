@@ -198,7 +198,7 @@ def test_diff_is_quiet_where_nothing_changed(run: Run, model_file: str) -> None:
 def test_diff_of_the_plan_shows_what_is_kept(run: Run, model_file: str) -> None:
     assert (
         "+keep le_scalar  # b8[128, 64]"
-        in run("diff", f"{model_file}:make", "--pass", "plan").stdout
+        in run("diff", f"{model_file}:make", "--passes", "relu-mask,plan", "--pass", "plan").stdout
     )
 
 
@@ -208,7 +208,7 @@ def test_diff_takes_one_pass(run: Run, model_file: str) -> None:
 
 
 def test_explain_prints_tables(run: Run, model_file: str) -> None:
-    text = run("explain", f"{model_file}:make").stdout
+    text = run("explain", f"{model_file}:make", "--passes", "relu-mask,plan").stdout
 
     assert "saved     34.0 KiB as autograd would -> 10.0 KiB (-71%)" in text
     assert "aten.masked_fill.Scalar" in text
@@ -241,7 +241,7 @@ def test_the_json_of_explain(run_json: RunJson, model_file: str) -> None:
 
 def test_verify_agrees(run: Run, run_json: RunJson, model_file: str) -> None:
     text = run("verify", f"{model_file}:make").stdout
-    value = run_json("verify", f"{model_file}:make_keywords")
+    value = run_json("verify", f"{model_file}:make_keywords", "--passes", "relu-mask,plan")
 
     assert "all 8 tensors agree within the contract (exact)" in text
     assert value.keys() == {
@@ -345,9 +345,10 @@ def test_bisect_names_the_rewrite_and_the_command_that_replays_it(
 def test_bisect_finds_nothing_where_nothing_is_wrong(
     run: Run, run_json: RunJson, model_file: str
 ) -> None:
-    text = run("bisect", f"{model_file}:make").stdout
+    passes = ("--passes", "relu-mask,plan")
+    text = run("bisect", f"{model_file}:make", *passes).stdout
     assert text == "nothing to find: the gradient is right with all 2 rewrites\n"
-    found = run_json("bisect", f"{model_file}:make")
+    found = run_json("bisect", f"{model_file}:make", *passes)
     assert (found["ok"], found["culprits"], found["replay"]) == (True, [], "")
 
 
