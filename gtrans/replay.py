@@ -20,7 +20,16 @@ from gtrans.ir.half import Half, Role, Runnable
 from gtrans.ir.joint import JointGraph
 from gtrans.pipeline import Gate, Pipeline
 from gtrans.plan.planner import Plan
-from gtrans.verification import Comparison, Loss, _compare, _in_dtype, _longest_sum, _private, _step
+from gtrans.verification import (
+    Comparison,
+    Loss,
+    compare_tensors,
+    in_dtype,
+    longest_sum,
+    private_copy,
+    rounding_scale,
+    training_step,
+)
 
 Values = dict[str, Any]
 
@@ -76,16 +85,16 @@ class Recording:
         loss: Loss | None = None,
         seed: int = 0,
     ) -> None:
-        twin = _private(model, dtype)
-        arguments = _in_dtype((tuple(inputs), keyword_inputs), dtype)
+        twin = private_copy(model, dtype)
+        arguments = in_dtype((tuple(inputs), keyword_inputs), dtype)
         self._recorder = _Recorder()
         untouched = Pipeline((Plan(recompute="none"),))
         compiler = Compiler(untouched, self._recorder, skip_failures=False)
         install(twin, compiler)
         with capture_always():
-            _step(twin, arguments, loss, seed)
+            training_step(twin, arguments, loss, seed)
         self.captured: list[Captured] = [c for c in compiler.captured if c.original is not None]
-        self._size = _longest_sum(model, arguments)
+        self._size = longest_sum(model, arguments)
         self._seed = seed
         self._expected = [self._run(c.index, _rewritten(c)) for c in self.captured]
 
@@ -111,12 +120,15 @@ class Recording:
             contracts += [s.contract for s in steps if s.stats.rewritten]
             runs.append(self._run(captured.index, graph))
         contract = compose_all(contracts)
-        return [
-            _compare(name[1], name[0], value, run[name], contract, self._size, 0.0)
-            for expected, run in zip(self._expected, runs, strict=True)
-            for name, value in expected.items()
-            if value is not None or run[name] is not None
-        ]
+        found: list[Comparison] = []
+        for expected, run in zip(self._expected, runs, strict=True):
+            floor = rounding_scale({str(key): (key[0], v) for key, v in expected.items()})
+            found += [
+                compare_tensors(name, kind, value, run[kind, name], contract, self._size, floor)
+                for (kind, name), value in expected.items()
+                if value is not None or run[kind, name] is not None
+            ]
+        return found
 
     def _run(self, index: int, joint: JointGraph) -> dict[Any, torch.Tensor | None]:
         """Runs both halves of a graph: its tensors by kind and name."""

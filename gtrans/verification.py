@@ -176,31 +176,31 @@ def compare(
     notes: list[str] = []
     explanation: Explanation | None = None
     for dtype in dtypes:
-        reference = _private(model, dtype)
-        candidate = _private(model, dtype)
+        reference = private_copy(model, dtype)
+        candidate = private_copy(model, dtype)
         allowed = gate.allowed if gate is not None else None
         compiler = Compiler(pipeline, backend, skip_failures=False, gate=Gate(allowed))
         install(candidate, compiler)
-        arguments = _in_dtype((tuple(inputs), keyword_inputs), dtype)
+        arguments = in_dtype((tuple(inputs), keyword_inputs), dtype)
         try:
-            expected = _step(reference, arguments, loss, seed)
+            expected = training_step(reference, arguments, loss, seed)
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             if dtype is torch.float64:
                 notes.append(f"not compared in float64: the model fails there ({error})")
                 continue
             raise ModelError(f"the model does not accept these inputs: {error}") from error
         with capture_always():
-            actual = _step(candidate, arguments, loss, seed)
+            actual = training_step(candidate, arguments, loss, seed)
         require_captured(model, compiler)
         explanation = Explanation(compiler.pipeline, compiler.captured)
         if gate is not None:
             gate.seen = compiler.gate.seen
-        size = _longest_sum(model, arguments)
-        floor = _rounding_scale(expected)
+        size = longest_sum(model, arguments)
+        floor = rounding_scale(expected)
         for name, (kind, value) in expected.items():
             found = actual[name][1]
             comparisons.append(
-                _compare(name, kind, value, found, explanation.contract, size, floor)
+                compare_tensors(name, kind, value, found, explanation.contract, size, floor)
             )
     assert explanation is not None
     return Verification(explanation.contract, comparisons, explanation, notes)
@@ -229,13 +229,16 @@ def default_loss(output: Any, seed: int = 0) -> torch.Tensor:
     return total
 
 
-def _private(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def private_copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of a model without gradients, in another dtype unless that is None."""
     twin = copy.deepcopy(model)
     twin.zero_grad(set_to_none=True)
     return twin if dtype is None else twin.to(dtype)
 
 
-def _in_dtype(arguments: Any, dtype: torch.dtype | None) -> Any:
+def in_dtype(arguments: Any, dtype: torch.dtype | None) -> Any:
+    """Copies of all tensors among the arguments; floating ones in the dtype unless it is None."""
+
     def convert(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
@@ -247,11 +250,11 @@ def _in_dtype(arguments: Any, dtype: torch.dtype | None) -> Any:
     return pytree.tree_map(convert, arguments)
 
 
-def _step(
+def training_step(
     model: nn.Module, arguments: Any, loss: Loss | None, seed: int
 ) -> dict[str, tuple[str, torch.Tensor | None]]:
     """Runs one step and collects outputs, gradients and buffers by name."""
-    arguments = _in_dtype(arguments, None)
+    arguments = in_dtype(arguments, None)
     positional, keywords = arguments
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
@@ -274,15 +277,26 @@ def _step(
     return found
 
 
-def _compare(
+def compare_tensors(
     name: str,
     kind: str,
     expected: torch.Tensor | None,
     actual: torch.Tensor | None,
     contract: Contract,
-    longest_sum: int,
+    terms: int,
     floor: float,
 ) -> Comparison:
+    """Compares one tensor of a step with what it should be.
+
+    Args:
+        name: what to call it.
+        kind: "output", "gradient" or "buffer".
+        expected: the reference; None where autograd gives no gradient, which equals zero.
+        actual: what the rewritten step computed.
+        contract: what it may differ by.
+        terms: how many terms its longest sum has, see `longest_sum`.
+        floor: gradients smaller than this are measured by it, see `rounding_scale`.
+    """
     if expected is None and actual is None:
         return Comparison(name, kind, torch.float32, 0.0, 0.0, 1.0, 0.0)
     # A compiled step gives zeros where autograd gives no gradient at all; both mean the same.
@@ -303,7 +317,7 @@ def _compare(
     other = float(b.norm())
     cosine = float((a * b).sum()) / (norm * other) if norm > 0 and other > 0 else 1.0
     largest = float(difference.abs().max()) if difference.numel() else 0.0
-    bound = _bound(kind, dtype, contract, longest_sum)
+    bound = _bound(kind, dtype, contract, terms)
     return Comparison(name.strip(), kind, dtype, largest, relative, cosine, bound)
 
 
@@ -311,7 +325,7 @@ def _finite_norm(value: torch.Tensor) -> float:
     return float(torch.where(value.isfinite(), value, 0.0).double().norm())
 
 
-def _rounding_scale(values: dict[str, tuple[str, torch.Tensor | None]]) -> float:
+def rounding_scale(values: dict[str, tuple[str, torch.Tensor | None]]) -> float:
     """What small gradients are measured by: a thousandth of the largest.
 
     Some gradients are zero but for rounding (of a bias before a norm, of the bias of attention's
@@ -321,19 +335,18 @@ def _rounding_scale(values: dict[str, tuple[str, torch.Tensor | None]]) -> float
     return 1e-3 * max(norms, default=0.0)
 
 
-def _bound(kind: str, dtype: torch.dtype, contract: Contract, longest_sum: int) -> float:
+def _bound(kind: str, dtype: torch.dtype, contract: Contract, terms: int) -> float:
     if kind == "gradient" and not isinstance(contract, Exact):
         return getattr(contract, "rtol", math.inf)
     if dtype is torch.float64:
         return 1e-9
     if not dtype.is_floating_point:
         return 0.0
-    return 64 * torch.finfo(dtype).eps * math.sqrt(longest_sum)
+    return 64 * torch.finfo(dtype).eps * math.sqrt(terms)
 
 
-def _longest_sum(model: nn.Module, arguments: Any) -> int:
-    """An upper bound of how many terms one sum of the step has: elements of an input, or a weight's
-    longest side."""
+def longest_sum(model: nn.Module, arguments: Any) -> int:
+    """How many terms one sum of the step may have: elements of an input, a weight's longest side."""
     tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor)]
     sizes = [t.numel() for t in tensors]
     sizes += [max(p.shape, default=1) for p in model.parameters()]
