@@ -111,22 +111,22 @@ class Recording:
         planned = pipeline.on(JointGraph)
         if not any(isinstance(p, Plan) for p in planned.passes):
             planned = Pipeline((*planned.passes, Plan()))
-        runs: list[Values] = []
+        results: list[dict[Any, torch.Tensor | None]] = []
         contracts: list[Contract] = [Exact()]
         for captured in self.captured:
             assert captured.original is not None
             graph, steps = planned.run(captured.original, gate=gate)
             assert isinstance(graph, JointGraph)
             contracts += [s.contract for s in steps if s.stats.rewritten]
-            runs.append(self._run(captured.index, graph))
+            results.append(self._run(captured.index, graph))
         contract = compose_all(contracts)
         found: list[Comparison] = []
-        for expected, run in zip(self._expected, runs, strict=True):
+        for expected, values in zip(self._expected, results, strict=True):
             floor = rounding_scale({str(key): (key[0], v) for key, v in expected.items()})
             found += [
-                compare_tensors(name, kind, value, run[kind, name], contract, self._size, floor)
+                compare_tensors(name, kind, value, values[kind, name], contract, self._size, floor)
                 for (kind, name), value in expected.items()
-                if value is not None or run[kind, name] is not None
+                if value is not None or values[kind, name] is not None
             ]
         return found
 

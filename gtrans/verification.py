@@ -346,7 +346,7 @@ def _bound(kind: str, dtype: torch.dtype, contract: Contract, terms: int) -> flo
 
 
 def longest_sum(model: nn.Module, arguments: Any) -> int:
-    """How many terms one sum of the step may have: elements of an input, a weight's longest side."""
+    """How many terms one sum of the step may have: elements of an input, a side of a weight."""
     tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor)]
     sizes = [t.numel() for t in tensors]
     sizes += [max(p.shape, default=1) for p in model.parameters()]
