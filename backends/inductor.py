@@ -2,32 +2,57 @@
 
 The half is traced once more with Inductor's decompositions, under the fake mode of its inputs, and
 handed to Inductor's inner compiler. Passes have seen it without decompositions until here.
+
+Modes and options are Inductor's own, and hold only while a half is traced or compiled. Inductor's
+cache on disk is keyed by the final graph, which is what passes made of it, and by all of Inductor's
+configuration; which outputs the user's program sees is not in that key, so it goes into its tag.
 """
 
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_origin
 
 import torch
+import torch.compiler.config as compiler_config
 from torch import fx
 from torch._guards import detect_fake_mode
 from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.cudagraph_utils import BoxedDeviceIndex
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from gtrans import __version__
+from gtrans.errors import OptionError, did_you_mean
 from gtrans.ir.half import Half, Runnable
 
 
 class Inductor:
-    """The default lowering where a C++ compiler or Triton is at hand."""
+    """The default lowering where a C++ compiler or Triton is at hand.
+
+    Args:
+        settings: Inductor's configuration while it compiles, by names such as "max_autotune".
+    """
 
     name = "inductor"
     overwrites_saved = True
+
+    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
+        self.settings = dict(settings or {})
+
+    def configured(self, mode: str | None, options: Mapping[str, Any] | None) -> "Inductor":
+        """The same lowering with a mode or options of `torch.compile`.
+
+        Raises:
+            OptionError: a mode, option or value is unknown, or both a mode and options are given.
+        """
+        return Inductor({**self.settings, **settings_of(mode, options)})
 
     def unavailable(self) -> str | None:
         """Says which compiler is missing."""
@@ -41,7 +66,8 @@ class Inductor:
 
     def prepare(self, half: Half) -> Half:
         """Traces the half again, with Inductor's decompositions."""
-        return replace(half, module=decomposed(half.with_tolerant_views(), half.inputs))
+        with self._settings(half):
+            return replace(half, module=decomposed(half.with_tolerant_views(), half.inputs))
 
     def compile(self, half: Half) -> Runnable:
         """Compiles the decomposed half."""
@@ -49,7 +75,12 @@ class Inductor:
         output = module.graph.output_node()
         output.meta["user_visible_output_idxs"] = list(half.visible_outputs)
         # The backward is compiled at the first backward pass, when no fake mode is active any more.
-        with V.set_fake_mode(detect_fake_mode(half.inputs)):
+        with self._settings(half), V.set_fake_mode(detect_fake_mode(half.inputs)):
+            # A forward that cannot be a CUDA graph switches that off for its backward, too.
+            cudagraphs = half.shared.setdefault(
+                "cudagraphs", BoxedBool(inductor_config.triton.cudagraphs)
+            )
+            device = half.shared.setdefault("forward device", BoxedDeviceIndex(None))
             # Inductor lowers random operators only after these passes; torch runs them on the
             # joint graph, which here is still without decompositions.
             joint_graph_passes(module)
@@ -59,8 +90,61 @@ class Inductor:
                 static_input_idxs=tuple(half.static_inputs),
                 is_backward=half.role == "backward",
                 is_inference=half.role == "inference",
+                cudagraphs=cudagraphs,
+                boxed_forward_device_index=device,
             )
         return compiled  # type: ignore[no-any-return]  # an OutputCode, called with one list
+
+    @contextmanager
+    def _settings(self, half: Half) -> Iterator[None]:
+        """Inductor's configuration while it works on a half, and the tag of its caches' keys."""
+        tag = f"{compiler_config.cache_key_tag} {cache_tag(half)}".strip()
+        tagged = compiler_config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]  # made by torch
+        with inductor_config.patch(self.settings), tagged:
+            yield
+
+
+def cache_tag(half: Half) -> str:
+    """What the graph of a half does not say, for the keys under which its code is cached."""
+    visible = ",".join(map(str, half.visible_outputs))
+    return f"gtrans {__version__} [{half.pipeline}] {half.role} visible:{visible}"
+
+
+def settings_of(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Inductor's configuration for a mode or options, with the rules of `torch.compile`.
+
+    Raises:
+        OptionError: a mode, option or value is unknown, or both a mode and options are given.
+    """
+    if mode is not None and options is not None:
+        raise OptionError(
+            f"either a mode or options can be given, not both: mode={mode!r}, options "
+            f"{sorted(options)}; a mode is a set of options, which "
+            f"torch._inductor.list_mode_options({mode!r}) lists"
+        )
+    modes = list_mode_options()
+    if mode is not None and mode not in modes:
+        raise OptionError(f"unknown mode {mode!r} of backend 'inductor'{did_you_mean(mode, modes)}")
+    chosen = dict(modes[mode]) if mode is not None else dict(options or {})
+    known = set(list_options())
+    settings: dict[str, Any] = {}
+    for key, value in chosen.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            near = did_you_mean(name, known)
+            near = near if "did you mean" in near else "; torch._inductor.list_options() has all"
+            raise OptionError(f"unknown options [{key!r}] of backend 'inductor'{near}")
+        kind = inductor_config.get_type(name)  # type: ignore[attr-defined]  # made by torch
+        if get_origin(kind) is None and not isinstance(value, kind):
+            raise OptionError(
+                f"option {key!r} of backend 'inductor' takes {_type_name(kind)}, got {value!r}"
+            )
+        settings[name] = value
+    return settings
+
+
+def _type_name(kind: Any) -> str:
+    return getattr(kind, "__name__", None) or str(kind)
 
 
 def decomposed(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:

@@ -1,6 +1,6 @@
 """What users call: `optimize`, `restore`, `explain` and `report`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
@@ -26,6 +26,8 @@ def optimize(
     skip: Sequence[str] = (),
     allow: str | None = None,
     backend: str = "inductor",
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
     fullgraph: bool = False,
     on_error: Literal["skip", "raise"] = "skip",
@@ -40,6 +42,9 @@ def optimize(
         allow: the weakest contract to admit ("exact", "close", "unbiased", ...). By default the
             passes named in `passes` are admitted, since you named them; the default ones are exact.
         backend: "inductor" or "eager"; falls back to "eager" where no compiler is at hand.
+        mode: as for `torch.compile`, such as "max-autotune"; of the backends, "inductor" has modes.
+        options: as for `torch.compile`, such as {"max_autotune": True}, instead of a mode. They
+            hold while gtrans compiles, and configure nothing globally.
         dynamic: as for `torch.compile`: None finds out which sizes change.
         fullgraph: as for `torch.compile`: refuse graph breaks.
         on_error: what happens if a pass fails: "skip" trains on without it after a warning.
@@ -48,7 +53,7 @@ def optimize(
         The same object. Its parameters, `state_dict` keys, hooks and class are untouched.
 
     Raises:
-        OptionError: a pass, option or backend is unknown.
+        OptionError: a pass, option, mode or backend is unknown.
         ContractError: a pass promises less than `allow`.
         ModelError: the model has no trainable parameters.
     """
@@ -58,7 +63,9 @@ def optimize(
     pipeline = Pipeline.parse(passes).without(skip)
     if allow is not None:
         pipeline.require(allow)
-    compiler = Compiler(pipeline, backend, skip_failures=on_error == "skip")
+    compiler = Compiler(
+        pipeline, backend, skip_failures=on_error == "skip", mode=mode, options=options
+    )
     if model in _sessions:
         restore(model)
     install(model, compiler, dynamic=dynamic, fullgraph=fullgraph)

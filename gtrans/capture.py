@@ -6,7 +6,7 @@ This file and `backends/` are the only places that import private modules of tor
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from torch._dynamo import config as dynamo_config
 from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import TracingContext
 
@@ -86,6 +87,8 @@ class Compiler:
         skip_failures: train on without a pass that fails, after a warning.
         gate: which rewrites to perform (for bisection); all by default.
         observers: called after every pass on every graph.
+        mode: mode of the named backend.
+        options: options of the named backend; a mode and options exclude each other.
     """
 
     pipeline: Pipeline
@@ -93,13 +96,15 @@ class Compiler:
     skip_failures: bool = True
     gate: Gate = field(default_factory=Gate)
     observers: Sequence[Observer] = ()
+    mode: str | None = None
+    options: Mapping[str, Any] | None = None
     captured: list[Captured] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require_supported_torch()
         if not any(isinstance(p, Plan) for p in self.pipeline.passes):
             self.pipeline = Pipeline((*self.pipeline.passes, Plan()))
-        self._lowering = usable_backend(self.backend)
+        self._lowering = usable_backend(self.backend, self.mode, self.options)
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         """Called by Dynamo with one captured forward graph and its inputs."""
@@ -125,7 +130,10 @@ class Compiler:
             decompositions={},
             keep_inference_input_mutations=True,
         )
-        return trace(forward.module, example_inputs)
+        # AOTAutograd's cache would return a step made by another pipeline: its key is the graph as
+        # captured, without passes. It looks a backend like this up only if it is forced to.
+        with functorch_config.patch(force_autograd_cache=False):
+            return trace(forward.module, example_inputs)
 
     def _warn(self, steps: list[Step]) -> None:
         for step in steps:
@@ -145,6 +153,8 @@ class _Job:
     record: Captured
     inputs: list[Input]
     num_outputs: int
+    static_names: set[str] = field(default_factory=set)
+    shared: dict[str, Any] = field(default_factory=dict)
 
     def partition(
         self, module: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any
@@ -185,8 +195,10 @@ class _Job:
                 inputs=list(inputs),
                 role=role,
                 visible_outputs=self._visible_outputs(module, role),
-                static_inputs=_static_inputs(module, role),
+                static_inputs=self._static_inputs(module, role),
                 graph=self.record.index,
+                pipeline=str(self.owner.pipeline),
+                shared=self.shared,
             )
             if role == "forward" and not self.owner._lowering.overwrites_saved:
                 _keep_saved_values()
@@ -220,6 +232,18 @@ class _Job:
             first = context.fw_metadata.num_mutated_inp_runtime_indices
         last = len(outputs) if role == "inference" else first + self.num_outputs
         return [i for i in range(first, min(last, len(outputs))) if isinstance(outputs[i], fx.Node)]
+
+    def _static_inputs(self, module: fx.GraphModule, role: Role) -> list[int]:
+        """Positions of the parameters; the backward's are known by their names in the forward."""
+        names = [n.name for n in module.graph.find_nodes(op="placeholder")]
+        if role == "backward":
+            return [i for i, name in enumerate(names) if name in self.static_names]
+        context = TracingContext.try_get()
+        if context is None or context.fw_metadata is None:
+            return []
+        indices = list(context.fw_metadata.static_input_indices or [])
+        self.static_names = {names[i] for i in indices if i < len(names)}
+        return indices
 
 
 def split(joint: JointGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -255,11 +279,17 @@ def require_supported_torch() -> None:
         )
 
 
-def usable_backend(name: str | Backend) -> Backend:
-    """The named backend, or `eager` with one line of warning if it cannot run on this machine."""
+def usable_backend(
+    name: str | Backend, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Backend:
+    """The named backend, or `eager` with one line of warning if it cannot run on this machine.
+
+    Raises:
+        OptionError: there is no such backend, or it has no such mode or option.
+    """
     if not isinstance(name, str):
         return name
-    backend: Backend = load_backend(name)
+    backend: Backend = load_backend(name, mode=mode, options=options)
     reason = backend.unavailable()
     if reason is None:
         return backend
@@ -281,21 +311,27 @@ def capture_always() -> Iterator[None]:
 
 
 def dynamo_backend(
-    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Any:
     """The backend behind `torch.compile(model, backend="gtrans")`.
 
     Args:
         module: what Dynamo captured.
         example_inputs: its inputs.
-        options: `passes` (pipeline text) and `backend`, as for `gtrans.optimize`.
+        mode: a mode of the backend that lowers the halves.
+        options: `passes` (pipeline text) and `backend`, as for `gtrans.optimize`; all others are
+            that backend's own.
+
+    Raises:
+        OptionError: a pass, backend, mode or option is unknown.
     """
     chosen = dict(options or {})
-    compiler = Compiler(
-        Pipeline.parse(chosen.pop("passes", "default")), chosen.pop("backend", "inductor")
-    )
-    if chosen:
-        raise CaptureError(f"unknown options {sorted(chosen)}; known: 'passes', 'backend'")
+    passes, backend = chosen.pop("passes", "default"), chosen.pop("backend", "inductor")
+    compiler = Compiler(Pipeline.parse(passes), backend, mode=mode, options=chosen or None)
     return compiler(module, example_inputs)
 
 
@@ -338,13 +374,6 @@ def _keep_saved_values() -> None:
     context = TracingContext.try_get()
     if context is not None and context.fw_metadata is not None:
         context.fw_metadata.bw_donated_idxs = []
-
-
-def _static_inputs(module: fx.GraphModule, role: Role) -> list[int]:
-    context = TracingContext.try_get()
-    if role == "backward" or context is None or context.fw_metadata is None:
-        return []
-    return list(context.fw_metadata.static_input_indices or [])
 
 
 def compiled_call(

@@ -4,7 +4,7 @@ A plug-in distribution registers passes by an entry point of the group `gtrans.p
 (`my-pass = "my_package.my_pass:MyPass"`). Two owners of one name are an error that names both.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -13,6 +13,7 @@ from typing import Any
 from gtrans.backends import BACKENDS
 from gtrans.core import Pass
 from gtrans.errors import OptionError, PassError, did_you_mean
+from gtrans.ir.half import Configurable
 from gtrans.passes import PASSES
 
 _BUILT_IN_PLAN = {"plan": "gtrans.plan.planner:Plan"}
@@ -78,17 +79,34 @@ def load_pass(name: str) -> type[Pass[Any]]:
     return found
 
 
-def load_backend(name: str) -> Any:
+def load_backend(
+    name: str, *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Any:
     """An instance of a backend.
 
+    Args:
+        name: its name in `backend_table`.
+        mode: one of its modes; "default" and None are the same.
+        options: options of its own.
+
     Raises:
-        OptionError: no backend has this name; near names are offered.
+        OptionError: no backend has this name, or it has no such mode or option; near names are
+            offered.
         PassError: it is registered but cannot be loaded.
     """
     table = backend_table()
     if name not in table:
         raise OptionError(f"unknown backend {name!r}{did_you_mean(name, table)}")
-    return _load(table[name])()
+    backend = _load(table[name])()
+    if isinstance(backend, Configurable):
+        return backend.configured(mode, options)
+    if options or mode not in (None, "default"):
+        asked = f"options {sorted(options)}" if options else f"mode {mode!r}"
+        raise OptionError(
+            f"unknown {asked}: backend {name!r} has neither modes nor options of its own; leave "
+            "them out, or use backend='inductor'"
+        )
+    return backend
 
 
 def _merged(table: dict[str, str], group: str) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """One half of a split joint graph, on its way to a backend."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import fx
@@ -25,6 +25,9 @@ class Half:
             kept. Other outputs are saved values, laid out as the backend likes.
         static_inputs: positions of inputs whose storage stays put from step to step (parameters).
         graph: number of the captured graph that it is a half of.
+        pipeline: text of the pipeline that made it; lowerings put it into the keys of their caches.
+        shared: one dictionary for all halves of a graph, in which a lowering leaves what compiling
+            one half tells about another.
     """
 
     module: fx.GraphModule
@@ -33,6 +36,8 @@ class Half:
     visible_outputs: Sequence[int] = ()
     static_inputs: Sequence[int] = field(default=())
     graph: int = 0
+    pipeline: str = ""
+    shared: dict[str, Any] = field(default_factory=dict)
 
     def with_tolerant_views(self) -> fx.GraphModule:
         """A copy of the graph in which `view` copies where strides demand it.
@@ -69,3 +74,15 @@ class Backend(Protocol):
 
     def compile(self, half: Half) -> Runnable:
         """Makes a prepared half runnable."""
+
+
+@runtime_checkable
+class Configurable(Protocol):
+    """A lowering that has modes or options of its own. Those without need not say so."""
+
+    def configured(self, mode: str | None, options: Mapping[str, Any] | None) -> Backend:
+        """The same lowering with these settings, which hold only while it compiles.
+
+        Raises:
+            OptionError: a mode, option or value is unknown, or both a mode and options are given.
+        """
