@@ -9,4 +9,5 @@ PASSES: dict[str, str] = {
     "norm-output": "gtrans.passes.residual.norm_output:NormOutput",
     "cut": "gtrans.passes.wire.cut:Cut",
     "bit-masks": "gtrans.passes.residual.bit_masks:BitMasks",
+    "highway-bp": "gtrans.passes.wire.highway_bp:HighwayBP",
 }
