@@ -44,9 +44,7 @@ _FACTORS = frozenset(
 )
 _COPIES = frozenset({aten.clone.default, aten._to_copy.default})
 # The first of the results of these is linear in the first argument.
-_NORMS = frozenset(
-    {aten.native_layer_norm_backward.default, aten._fused_rms_norm_backward.default}
-)
+_NORMS = frozenset({aten.native_layer_norm_backward.default, aten._fused_rms_norm_backward.default})
 _IDENTITY, _FACTOR, _NORM = 0, 1, 3
 _COLLECTIVES = ("c10d", "_c10d_functional", "_dtensor")
 
@@ -171,7 +169,7 @@ def _step_before(joint: JointGraph, node: fx.Node, length: dict[fx.Node, int]) -
             source, _ = _source(joint, kept, _NORM, length)
             return _Step(source if source in length else root, node, kept, addend)
     # Neither reads the other: a second addend of the same cone, or a local cotangent.
-    sides = []
+    sides: list[tuple[int, int, int, fx.Node, fx.Node, fx.Node]] = []
     for kept, addend in ((a, b), (b, a)):
         source, cost = _source(joint, kept, _NORM, length)
         if source in length:

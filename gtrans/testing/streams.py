@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 Flavour = Literal["pre-norm", "transformer", "parallel", "relu-after-add", "post-norm", "taps"]
 
+Layer = Callable[[torch.Tensor], torch.Tensor]
+
 FLAVOURS: tuple[Flavour, ...] = (
     "pre-norm",
     "transformer",
@@ -61,18 +63,18 @@ class Stream(nn.Module):
         return (y, torch.stack(taps)) if self.flavour == "taps" else (y,)
 
     def _block(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        norm, branch = self.norms[index], self.branches[index]
+        norm: Layer = self.norms[index]
+        branch: Layer = self.branches[index]
         match self.flavour:
             case "pre-norm" | "taps":
                 return x + branch(norm(x))
             case "relu-after-add":
                 return torch.relu(x + branch(x))
             case "post-norm":
-                post: torch.Tensor = norm(x + branch(x))
-                return post
+                return norm(x + branch(x))
             case "parallel":
                 y = norm(x)
-                return x + self.attentions[index](y) + branch(y)
+                return torch.add(x + self.attentions[index](y), branch(y))
             case "transformer":
                 x = x + self.attentions[index](norm(x))
                 return x + branch(F.rms_norm(x, x.shape[-1:]))
@@ -84,8 +86,9 @@ class _Attention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        def heads(project: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-            return project(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        def heads(project: Layer) -> torch.Tensor:
+            positions: torch.Tensor = project(x)
+            return positions.view(*positions.shape[:2], 2, -1).transpose(1, 2)
 
         y = F.scaled_dot_product_attention(heads(self.q), heads(self.k), heads(self.v))
         joined: torch.Tensor = self.out(y.transpose(1, 2).flatten(2))

@@ -203,7 +203,5 @@ class _Sweeps:
         back = [order.index(d) for d in range(len(order))]
         insert = self.joint.insert_before
         value = insert(sum_, aten.permute.default, value, order)
-        value = insert(
-            sum_, aten.clone.default, value, memory_format=torch.contiguous_format
-        )
+        value = insert(sum_, aten.clone.default, value, memory_format=torch.contiguous_format)
         return insert(sum_, aten.permute.default, value, back)

@@ -1,5 +1,6 @@
 """Where chains of gradient sums are found, and where they end."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -82,14 +83,16 @@ def test_no_stream_no_chain() -> None:
 
 def test_a_long_skip_is_one_more_cone_that_reads_the_stream() -> None:
     class Skips(Stream):
+        def __init__(self) -> None:
+            super().__init__("pre-norm", 4)
+            self.extra = nn.Linear(6, 6)
+
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
             middle = self._block(1, self._block(0, x))
             deep = self._block(3, self._block(2, middle))
             return (self.last(deep + self.extra(x)),)
 
-    model = Skips("pre-norm", 4)
-    model.extra = nn.Linear(6, 6)
-    (chain,) = find_chains(_joint(model, _sequence()))
+    (chain,) = find_chains(_joint(Skips(), _sequence()))
     assert chain.depth == 4
     assert [link.local for link in chain.links] == [False] * len(chain.links)
 
@@ -137,7 +140,7 @@ def test_critical_path_of_a_deep_model_before_and_after() -> None:
     assert step.stats.rewritten == 1
     after = backward_critical_path(rewritten)
     assert len(after) == 2 * (3 + 1) + 1
-    assert all(a < b for a, b in zip(after, after[1:], strict=False))
+    assert all(a < b for a, b in pairwise(after))
 
 
 def test_critical_path_counts_what_it_is_told_to() -> None:

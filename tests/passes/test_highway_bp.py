@@ -170,7 +170,7 @@ def _path_sums(model: Stream, x: torch.Tensor, iterations: int, gamma: float) ->
         joins.append(dr_dz)
         x = r(x, z)
     found = []
-    top = model.last.weight.sum(0).repeat(x.numel() // x.shape[-1])  # type: ignore[operator,union-attr]
+    top = model.last.weight.sum(0).repeat(x.numel() // x.shape[-1])  # type: ignore[operator]
     for index in range(len(model.branches)):
         total = torch.zeros_like(top)
         later = range(index + 1, len(model.branches))
@@ -281,9 +281,7 @@ def test_the_contract_of_a_step_knows_the_depth() -> None:
 def test_nothing_weaker_than_exact_is_admitted_unless_asked_for() -> None:
     message = r"pass 'highway-bp' is iterative .*weaker than the admitted 'exact'"
     with pytest.raises(ContractError, match=message):
-        gtrans.optimize(
-            Stream("pre-norm", 4), passes="highway-bp", allow="exact", backend="eager"
-        )
+        gtrans.optimize(Stream("pre-norm", 4), passes="highway-bp", allow="exact", backend="eager")
 
 
 def test_options() -> None:
