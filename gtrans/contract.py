@@ -82,7 +82,7 @@ class Iterative(Contract):
 
     Attributes:
         iterations: sweeps that are run.
-        exact_at: sweeps after which the result is exact.
+        exact_at: sweeps after which the result is exact; 0 as long as the model is not known.
     """
 
     name: ClassVar[str] = "iterative"
@@ -91,7 +91,8 @@ class Iterative(Contract):
     exact_at: int = 0
 
     def __str__(self) -> str:
-        return f"iterative ({self.iterations} sweeps, exact at {self.exact_at})"
+        exact_at = self.exact_at or "the depth of the model"
+        return f"iterative ({self.iterations} sweeps, exact at {exact_at})"
 
 
 @dataclass(frozen=True)

@@ -53,12 +53,15 @@ class Stats:
         rewritten: places it rewrote.
         skipped: how often each reason kept it from rewriting.
         notes: sentences for the report, such as a figure the pass chose.
+        contract: the contract of what was done to this graph, where it says more than the pass can
+            promise of any graph.
     """
 
     matched: int = 0
     rewritten: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    contract: Contract | None = None
 
     def __str__(self) -> str:
         text = f"matched {self.matched}, rewrote {self.rewritten}"

@@ -284,6 +284,7 @@ def _run_one(p: Pass[Any], graph: Graph, gate: Gate, step: Step) -> Graph:
     private = graph.copy()
     private.author = p.name
     step.stats = p.run(private, gate.permission(p.name))
+    step.contract = step.stats.contract or step.contract
     if isinstance(private, JointGraph):
         if private.cut is None:
             private.eliminate_dead_code()

@@ -9,4 +9,6 @@ PASSES: dict[str, str] = {
     "norm-output": "gtrans.passes.residual.norm_output:NormOutput",
     "cut": "gtrans.passes.wire.cut:Cut",
     "bit-masks": "gtrans.passes.residual.bit_masks:BitMasks",
+    "hoist-recurrent-wgrad": "gtrans.passes.rule.hoist_recurrent_wgrad:HoistRecurrentWgrad",
+    "highway-bp": "gtrans.passes.wire.highway_bp:HighwayBP",
 }

@@ -1,0 +1,1 @@
+"""Passes that edit the rule: how a backward is computed (knob B)."""
