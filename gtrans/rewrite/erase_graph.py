@@ -1,0 +1,215 @@
+"""Erasure as a graph rewrite: parameters cut, size arguments recomputed from the axes.
+
+    linear(x, W[o, i], b[o])            linear(x', W'[o', i'], b'[o'])
+    view(x, [N, T, H, D])       -->     reshape(x', [N, T, H', D'])
+    layer_norm(x, [D], w, b)            layer_norm over D' entries with the divisor D
+
+This works for every program. Where the model's own modules can express the result,
+`erase_modules` gives a model of the same class instead.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from gtrans.analysis.axes import Axis, kept_size, mask
+from gtrans.analysis.axis_rules.context import Edits, Total, bind
+from gtrans.analysis.erasable import Structure
+from gtrans.ir import ops
+from gtrans.ir.program import Leaf, identity
+from gtrans.runtime.norms import layer_norm_of_longer, rms_norm_of_longer
+
+aten = torch.ops.aten
+
+Erased = Mapping[Axis, torch.Tensor]
+"""For some atoms a boolean vector, true at the indices to erase."""
+
+
+def cut(tensor: torch.Tensor, masks: list[torch.Tensor]) -> torch.Tensor:
+    """The indices of a tensor that stay, as a new tensor (or parameter) of the same kind."""
+    data = tensor.detach()
+    for dim, keep in enumerate(masks):
+        if not bool(keep.all()):
+            data = data.index_select(dim, keep.nonzero().flatten().to(data.device))
+    if data is tensor.detach() or data.data_ptr() == tensor.data_ptr():
+        data = data.clone()
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(data, requires_grad=tensor.requires_grad)
+    return data
+
+
+def cut_tensors(structure: Structure, erased: Erased) -> dict[str, torch.Tensor]:
+    """All parameters and buffers by path, cut; tied ones stay one tensor."""
+    made: dict[tuple[Any, ...], torch.Tensor] = {}
+    found: dict[str, torch.Tensor] = {}
+    for node, tensor in structure.program.tensors.items():
+        leaf = structure.program.leaves[node]
+        masks = [mask(axis, erased) for axis in structure.analysis.axes(node)]
+        key = (*identity(tensor), node if not tensor.numel() else None)
+        if key not in made:
+            made[key] = cut(tensor, masks)
+        found[leaf.name] = made[key]
+    return found
+
+
+def kept_counts(erased: Erased) -> dict[Axis, int]:
+    """How many indices of each atom stay."""
+    return {atom: int((~gone).sum()) for atom, gone in erased.items()}
+
+
+@dataclass
+class GraphErasure:
+    """Builds the erased graph of a program.
+
+    Args:
+        structure: the analysed program.
+        erased: what to erase.
+        keep_divisor: average over the old sizes, which is exact; else over the new ones.
+    """
+
+    structure: Structure
+    erased: Erased
+    keep_divisor: bool = True
+
+    def __post_init__(self) -> None:
+        self._kept = kept_counts(self.erased)
+
+    def size(self, axis: Axis) -> int:
+        """How many indices of an axis stay."""
+        return kept_size(axis, self._kept)
+
+    def argument(self, value: Any) -> Any:
+        """The new value of a size argument."""
+        if isinstance(value, Axis):
+            return self.size(value)
+        if isinstance(value, Total):
+            return sum(self.size(a) for a in value.axes)
+        if isinstance(value, list):
+            return [self.argument(v) for v in value]
+        return value
+
+    def build(self, name: str) -> fx.GraphModule:
+        """The erased model as a GraphModule that takes and returns what the model does."""
+        program = self.structure.program
+        tensors: dict[str, Any] = dict(cut_tensors(self.structure, self.erased))
+        self._graph = fx.Graph()
+        self._roots: dict[str, Any] = {}
+        self._made: dict[fx.Node, Any] = {}
+        self._flag: fx.Node | None = None
+        inputs = [n for n, leaf in program.leaves.items() if leaf.kind == "input"]
+        for node in inputs:
+            self._made[node] = self._graph.placeholder(node.name)
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                if node not in self._made and node.users:
+                    self._made[node] = self._leaf(program.leaves[node], tensors)
+            elif node.op == "get_attr":
+                self._roots[str(node.target)] = getattr(program.module, str(node.target))
+                self._made[node] = self._graph.get_attr(str(node.target))
+            elif node.op == "output":
+                self._graph.output(fx.map_arg(node.args[0], self._made.__getitem__))
+            else:
+                self._made[node] = self._call(node)
+        self._graph.eliminate_dead_code()
+        self._graph.set_codegen(
+            _PyTreeCodeGen(_PyTreeInfo(_argument_names(inputs), program.in_spec, program.out_spec))
+        )
+        module = fx.GraphModule(self._roots, self._graph, name)
+        module.train(program.training)
+        for path in _unsaved(self.structure, tensors):
+            owner, _, last = path.rpartition(".")
+            if last in (kept := module.get_submodule(owner))._buffers:
+                kept._non_persistent_buffers_set.add(last)
+        return module
+
+    def _leaf(self, leaf: Leaf, tensors: dict[str, Any]) -> fx.Node:
+        target = leaf.name if leaf.kind != "constant" else leaf.name.replace(".", "_")
+        self._roots[target] = tensors[leaf.name]
+        with self._graph.inserting_before():
+            return self._graph.get_attr(target)
+
+    def _call(self, node: fx.Node) -> Any:
+        edits = self.structure.analysis.context.edits.get(node, Edits())
+        target: Any = node.target
+        bound = bind(node)
+        changed = {k: self.argument(v) for k, v in edits.arguments.items()}
+        if not edits.arguments and not edits.pieces and not edits.divisor:
+            twin = self._graph.node_copy(node, self._made.__getitem__)
+            self._follow_mode(node, twin, bound)
+            return twin
+        if edits.pieces:
+            sizes = [self.size(p) for p in edits.pieces]
+            return self._insert(
+                aten.split_with_sizes.default, self._made[bound["self"]], sizes, edits.dim
+            )
+        old = 1
+        new = 1
+        for axis in edits.divisor:
+            old *= axis.size
+            new *= self.size(axis)
+        if old != new and self.keep_divisor:
+            return self._divide_by(node, bound, old, new)
+        if target in (aten.view.default, aten._unsafe_view.default):
+            return self._insert(aten.reshape.default, self._made[bound["self"]], changed["size"])
+        args = [changed.pop(k, v) for k, v in zip(bound, node.args, strict=False)]
+        kwargs = {**node.kwargs, **{k: v for k, v in changed.items() if k in node.kwargs}}
+        # A size left at its default (groups=1, end=None) only has to be said once it differs.
+        for key, value in changed.items():
+            if key not in node.kwargs and bound[key] != value and value is not None:
+                kwargs[key] = value
+        args, kwargs = fx.map_arg((args, kwargs), self._made.__getitem__)
+        return self._graph.call_function(target, tuple(args), kwargs)
+
+    def _divide_by(self, node: fx.Node, bound: dict[str, Any], old: int, new: int) -> fx.Node:
+        name = ops.overload(node)
+        packet = None if name is None else name.overloadpacket
+        given = fx.map_arg(bound, self._made.__getitem__)
+        if packet is aten.mean:
+            twin = self._graph.node_copy(node, self._made.__getitem__)
+            return self._insert(aten.mul.Tensor, twin, new / old)
+        rank = len(bound["normalized_shape"])
+        x, weight, eps = given["input"], given["weight"], given["eps"]
+        if packet is aten.rms_norm:
+            return self._insert(rms_norm_of_longer, x, rank, old, weight, eps)
+        return self._insert(layer_norm_of_longer, x, rank, old, weight, given["bias"], eps)
+
+    def _insert(self, target: Any, *args: Any) -> fx.Node:
+        return self._graph.call_function(target, args)
+
+    def _follow_mode(self, node: fx.Node, twin: fx.Node, bound: dict[str, Any]) -> None:
+        """Lets dropout and batch norm follow the mode of the erased model, as modules do."""
+        key = next((k for k in ("train", "training", "use_input_stats") if k in bound), None)
+        stack = node.meta.get("nn_module_stack") or {}
+        owner = str(list(stack.values())[-1][1]) if stack else ""
+        stock = ".dropout." in owner or ".batchnorm." in owner
+        if key is None or not stock or bound[key] != self.structure.program.training:
+            return
+        if self._flag is None:
+            self._roots["training"] = self.structure.program.training
+            first = next(iter(self._graph.nodes))
+            with self._graph.inserting_before(first):
+                self._flag = self._graph.get_attr("training")
+        position = list(bound).index(key)
+        if position < len(twin.args):
+            twin.update_arg(position, self._flag)
+        else:
+            twin.update_kwarg(key, self._flag)
+
+
+def _argument_names(inputs: list[fx.Node]) -> list[str]:
+    return [n.name for n in inputs]
+
+
+def _unsaved(structure: Structure, tensors: Mapping[str, Any]) -> list[str]:
+    """Buffers that the model does not put into its state_dict."""
+    return [name for name in tensors if name not in structure.program.saved]
+
+
+def flat_inputs(structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments in the order of the program's inputs."""
+    return pytree.arg_tree_leaves(*args, **kwargs)
