@@ -8,14 +8,15 @@ This works for every program. Where the model's own modules can express the resu
 `erase_modules` gives a model of the same class instead.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
-from torch.utils import _pytree as pytree
 
 from gtrans.analysis.axes import Axis, kept_size, mask
 from gtrans.analysis.axis_rules.context import Edits, Total, bind
@@ -70,11 +71,15 @@ class GraphErasure:
         structure: the analysed program.
         erased: what to erase.
         keep_divisor: average over the old sizes, which is exact; else over the new ones.
+
+    Attributes:
+        made: after `build`, the node of the erased graph for each node of the program.
     """
 
     structure: Structure
     erased: Erased
     keep_divisor: bool = True
+    made: dict[fx.Node, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._kept = kept_counts(self.erased)
@@ -93,45 +98,86 @@ class GraphErasure:
             return [self.argument(v) for v in value]
         return value
 
+    def divisors(self, edits: Edits) -> tuple[int, int]:
+        """How many elements a node averages over, before and after."""
+        return (
+            prod(axis.size for axis in edits.divisor),
+            prod(self.size(axis) for axis in edits.divisor),
+        )
+
     def build(self, name: str) -> fx.GraphModule:
         """The erased model as a GraphModule that takes and returns what the model does."""
         program = self.structure.program
-        tensors: dict[str, Any] = dict(cut_tensors(self.structure, self.erased))
-        self._graph = fx.Graph()
-        self._roots: dict[str, Any] = {}
-        self._made: dict[fx.Node, Any] = {}
-        self._flag: fx.Node | None = None
+        self._start()
         inputs = [n for n, leaf in program.leaves.items() if leaf.kind == "input"]
         for node in inputs:
-            self._made[node] = self._graph.placeholder(node.name)
-        for node in program.graph.nodes:
+            self.made[node] = self._graph.placeholder(node.name)
+        self._copy(n for n in program.graph.nodes if n not in self.made)
+        self._graph.eliminate_dead_code()
+        names = [n.name for n in inputs]
+        self._graph.set_codegen(
+            _PyTreeCodeGen(_PyTreeInfo(names, program.in_spec, program.out_spec))
+        )
+        return self._finish(name, "")
+
+    def build_part(self, path: str) -> fx.GraphModule | None:
+        """The erased form of one submodule, if it maps one tensor to one tensor in one call."""
+        program = self.structure.program
+        inside = [n for n in program.graph.nodes if n.op == "call_function" and _within(n, path)]
+        members = set(inside)
+        given = {s for n in inside for s in n.all_input_nodes} - members
+        free = [n for n in given if program.leaves.get(n, _INNER).kind in ("input", "inner")]
+        results = [n for n in inside if any(u not in members for u in n.users)]
+        leaves = [n for n in given if n not in free]
+        own = all(program.leaves[n].name.startswith(f"{path}.") for n in leaves)
+        if len(free) != 1 or len(results) != 1 or not own:
+            return None
+        self._start()
+        self.made[free[0]] = self._graph.placeholder("x")
+        self._copy([*leaves, *inside])
+        self._graph.output(self.made[results[0]])
+        return self._finish("Erased", f"{path}.")
+
+    # ------------------------------------------------------------------ private
+
+    def _start(self) -> None:
+        self._graph = fx.Graph()
+        self._roots: dict[str, Any] = {}
+        self.made = {}
+        self._flag: fx.Node | None = None
+        self._tensors = cut_tensors(self.structure, self.erased)
+
+    def _copy(self, nodes: Iterable[fx.Node]) -> None:
+        program = self.structure.program
+        for node in nodes:
             if node.op == "placeholder":
-                if node not in self._made and node.users:
-                    self._made[node] = self._leaf(program.leaves[node], tensors)
+                if node.users:
+                    self.made[node] = self._leaf(program.leaves[node])
             elif node.op == "get_attr":
                 self._roots[str(node.target)] = getattr(program.module, str(node.target))
-                self._made[node] = self._graph.get_attr(str(node.target))
+                self.made[node] = self._graph.get_attr(str(node.target))
             elif node.op == "output":
-                self._graph.output(fx.map_arg(node.args[0], self._made.__getitem__))
+                self._graph.output(fx.map_arg(node.args[0], self.made.__getitem__))
             else:
-                self._made[node] = self._call(node)
-        self._graph.eliminate_dead_code()
-        self._graph.set_codegen(
-            _PyTreeCodeGen(_PyTreeInfo(_argument_names(inputs), program.in_spec, program.out_spec))
-        )
-        module = fx.GraphModule(self._roots, self._graph, name)
-        module.train(program.training)
-        for path in _unsaved(self.structure, tensors):
+                self.made[node] = self._call(node)
+
+    def _finish(self, name: str, prefix: str) -> fx.GraphModule:
+        roots = {k.removeprefix(prefix): v for k, v in self._roots.items()}
+        for node in self._graph.find_nodes(op="get_attr"):
+            node.target = str(node.target).removeprefix(prefix)
+        module = fx.GraphModule(roots, self._graph, name)
+        module.train(self.structure.program.training)
+        for path in roots.keys() & self._tensors.keys():
             owner, _, last = path.rpartition(".")
-            if last in (kept := module.get_submodule(owner))._buffers:
-                kept._non_persistent_buffers_set.add(last)
+            if path not in self.structure.program.saved:
+                holder = module.get_submodule(owner)
+                if last in holder._buffers:
+                    holder._non_persistent_buffers_set.add(last)
         return module
 
-    def _leaf(self, leaf: Leaf, tensors: dict[str, Any]) -> fx.Node:
-        target = leaf.name if leaf.kind != "constant" else leaf.name.replace(".", "_")
-        self._roots[target] = tensors[leaf.name]
-        with self._graph.inserting_before():
-            return self._graph.get_attr(target)
+    def _leaf(self, leaf: Leaf) -> fx.Node:
+        self._roots[leaf.name] = self._tensors[leaf.name]
+        return self._graph.get_attr(leaf.name)
 
     def _call(self, node: fx.Node) -> Any:
         edits = self.structure.analysis.context.edits.get(node, Edits())
@@ -139,38 +185,34 @@ class GraphErasure:
         bound = bind(node)
         changed = {k: self.argument(v) for k, v in edits.arguments.items()}
         if not edits.arguments and not edits.pieces and not edits.divisor:
-            twin = self._graph.node_copy(node, self._made.__getitem__)
+            twin = self._graph.node_copy(node, self.made.__getitem__)
             self._follow_mode(node, twin, bound)
             return twin
         if edits.pieces:
             sizes = [self.size(p) for p in edits.pieces]
             return self._insert(
-                aten.split_with_sizes.default, self._made[bound["self"]], sizes, edits.dim
+                aten.split_with_sizes.default, self.made[bound["self"]], sizes, edits.dim
             )
-        old = 1
-        new = 1
-        for axis in edits.divisor:
-            old *= axis.size
-            new *= self.size(axis)
+        old, new = self.divisors(edits)
         if old != new and self.keep_divisor:
             return self._divide_by(node, bound, old, new)
         if target in (aten.view.default, aten._unsafe_view.default):
-            return self._insert(aten.reshape.default, self._made[bound["self"]], changed["size"])
+            return self._insert(aten.reshape.default, self.made[bound["self"]], changed["size"])
         args = [changed.pop(k, v) for k, v in zip(bound, node.args, strict=False)]
         kwargs = {**node.kwargs, **{k: v for k, v in changed.items() if k in node.kwargs}}
         # A size left at its default (groups=1, end=None) only has to be said once it differs.
         for key, value in changed.items():
             if key not in node.kwargs and bound[key] != value and value is not None:
                 kwargs[key] = value
-        args, kwargs = fx.map_arg((args, kwargs), self._made.__getitem__)
+        args, kwargs = fx.map_arg((args, kwargs), self.made.__getitem__)
         return self._graph.call_function(target, tuple(args), kwargs)
 
     def _divide_by(self, node: fx.Node, bound: dict[str, Any], old: int, new: int) -> fx.Node:
         name = ops.overload(node)
         packet = None if name is None else name.overloadpacket
-        given = fx.map_arg(bound, self._made.__getitem__)
+        given = fx.map_arg(bound, self.made.__getitem__)
         if packet is aten.mean:
-            twin = self._graph.node_copy(node, self._made.__getitem__)
+            twin = self._graph.node_copy(node, self.made.__getitem__)
             return self._insert(aten.mul.Tensor, twin, new / old)
         rank = len(bound["normalized_shape"])
         x, weight, eps = given["input"], given["weight"], given["eps"]
@@ -201,15 +243,21 @@ class GraphErasure:
             twin.update_kwarg(key, self._flag)
 
 
-def _argument_names(inputs: list[fx.Node]) -> list[str]:
-    return [n.name for n in inputs]
+
+def owner_path(node: fx.Node) -> str:
+    """The path of the innermost module that ran a node; empty for the model itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]).partition("@")[0] if stack else ""
 
 
-def _unsaved(structure: Structure, tensors: Mapping[str, Any]) -> list[str]:
-    """Buffers that the model does not put into its state_dict."""
-    return [name for name in tensors if name not in structure.program.saved]
+def paths_of(node: fx.Node) -> set[str]:
+    """The paths of all modules around a node; empty if capture recorded none."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return {str(path).partition("@")[0] for path, _ in stack}
 
 
-def flat_inputs(structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments in the order of the program's inputs."""
-    return pytree.arg_tree_leaves(*args, **kwargs)
+def _within(node: fx.Node, path: str) -> bool:
+    return path in paths_of(node)
+
+
+_INNER: Any = SimpleNamespace(kind="inner")
