@@ -243,7 +243,6 @@ class GraphErasure:
             twin.update_kwarg(key, self._flag)
 
 
-
 def owner_path(node: fx.Node) -> str:
     """The path of the innermost module that ran a node; empty for the model itself."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())

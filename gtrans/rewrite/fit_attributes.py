@@ -69,9 +69,7 @@ def record_reference(
             value = super().run_node(n)
             for path in exits.get(n, ()):
                 if isinstance(value, torch.Tensor) and value.is_floating_point():
-                    reference.exits[path] = Expected(
-                        tuple(value.shape), _norm(value), value.dtype
-                    )
+                    reference.exits[path] = Expected(tuple(value.shape), _norm(value), value.dtype)
             return value
 
     flat = pytree.tree_leaves((tuple(args), kwargs))

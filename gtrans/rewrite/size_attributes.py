@@ -78,9 +78,7 @@ def find_attributes(model: nn.Module) -> list[Attribute]:
             if type(value) is int and value > 1:
                 found.append(Attribute(path, owner, name, None, value))
             elif type(value) in (list, tuple) and value and all(type(v) is int for v in value):
-                found += [
-                    Attribute(path, owner, name, i, v) for i, v in enumerate(value) if v > 1
-                ]
+                found += [Attribute(path, owner, name, i, v) for i, v in enumerate(value) if v > 1]
     return found
 
 

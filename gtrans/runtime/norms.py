@@ -88,9 +88,7 @@ class LongerLayerNorm(nn.LayerNorm):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalises the last dimensions."""
         rank = len(self.normalized_shape)
-        return layer_norm_of_longer(
-            input, rank, self.divisor, self.weight, self.bias, self.eps
-        )
+        return layer_norm_of_longer(input, rank, self.divisor, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
         """The stock text and the divisor."""
