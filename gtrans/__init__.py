@@ -61,6 +61,7 @@ __all__ = [
     "Local",
     "Pass",
     "Pipeline",
+    "PrunePlan",
     "SitePass",
     "Stats",
     "Unbiased",

@@ -16,7 +16,7 @@ structures do not fit together, both are frozen.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import count
+from itertools import count, pairwise
 from math import prod
 from typing import Literal
 
@@ -324,7 +324,7 @@ def _unify_products(a: Axis, b: Axis, reason: str) -> bool:
 def _unify_concatenations(a: Axis, b: Axis, reason: str) -> bool:
     """Aligns the boundaries of two axes at least one of which is a concatenation."""
     bounds = sorted(_bounds(a) | _bounds(b))
-    sizes = [high - low for low, high in zip(bounds, bounds[1:], strict=False)]
+    sizes = [high - low for low, high in pairwise(bounds)]
     if len(sizes) < 2:
         return False
     left, right = segment(a, sizes), segment(b, sizes)

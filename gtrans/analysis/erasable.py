@@ -15,7 +15,7 @@ from torch import fx
 
 from gtrans.analysis.axes import Axis, atoms, find, kept_size, labels, mask
 from gtrans.analysis.axis_analysis import AxisAnalysis, analyse_axes
-from gtrans.analysis.axis_rules.context import Need
+from gtrans.analysis.axis_rules.context import Need, packet_of
 from gtrans.analysis.zeros import Producer, producers, unmet, zeros
 from gtrans.ir import ops
 from gtrans.ir.program import Program, identity
@@ -218,7 +218,7 @@ def _is_parameter(program: Program, node: fx.Node) -> bool:
 def _flops(analysis: AxisAnalysis, node: fx.Node, kept: Mapping[Axis, int]) -> int:
     if not isinstance(node.target, torch._ops.OpOverload):
         return 0
-    packet = node.target.overloadpacket
+    packet = packet_of(node)
     axes = analysis.context.axes
 
     def size(axis: Axis) -> int:

@@ -4,7 +4,7 @@ With x_g the producer slices of an index, v_g their gradients and n_g how many e
 
     magnitude   ‖x_g‖² / n_g over its mean in the class          (arXiv:2301.12900, with p = 2)
     taylor      |x_g · v_g| over its mean in the class           (arXiv:1906.10771, per group)
-    hessian     Σ x² v² over its mean in the class               (optimal brain damage, v² as Fisher)
+    hessian     Σ x² v² over its mean in the class               (optimal brain damage, v² for H)
     hesso       0.2 of each of ‖x_g‖, ‖x_g‖/n_g, cos(x_g, v_g) + 1, |x_g · v_g|, ½ (x_g · v_g)²,
                 each over its 2-norm across all indices          (arXiv:2409.09085)
     dhspg       -½ (cos(x_g, v_g) + n_g / ‖x_g‖), each over its 2-norm across all indices

@@ -20,7 +20,7 @@ from torch import fx
 
 from gtrans.analysis.axes import Axis, atoms, find
 from gtrans.analysis.axis_analysis import AxisAnalysis
-from gtrans.analysis.axis_rules.context import Need, bind
+from gtrans.analysis.axis_rules.context import Need, bind, packet_of
 from gtrans.analysis.axis_rules.pointwise import COPIES, is_pointwise
 from gtrans.analysis.axis_rules.shapes import RULES as SHAPE_RULES
 from gtrans.analysis.axis_rules.shapes import order, permute
@@ -121,13 +121,20 @@ def _origins(analysis: AxisAnalysis) -> dict[fx.Node, list[set[tuple[fx.Node, in
         if leaf is not None and leaf.kind == "parameter" and node in analysis.context.axes:
             found[node] = [{(node, d)} for d in range(len(analysis.axes(node)))]
         source = node.args[0] if node.op == "call_function" and node.args else None
-        if not isinstance(source, fx.Node) or source not in found or _packet(node) is None:
+        if not isinstance(source, fx.Node) or source not in found or packet_of(node) is None:
             continue
-        if SHAPE_RULES.get(_packet(node)) is permute:
+        if SHAPE_RULES.get(packet_of(node)) is permute:
             rank = len(found[source])
             found[node] = [found[source][d] for d in order(node, bind(node), rank)]
-        elif _packet(node) in COPIES and len(node.all_input_nodes) == 1:
+        elif packet_of(node) in COPIES and len(node.all_input_nodes) == 1:
             found[node] = found[source]
+        elif packet_of(node) in (aten.index, aten.index_select) and node in analysis.context.axes:
+            # Picking experts by their first dimension: the others stay what they are.
+            first = isinstance(node.args[1], int) and node.args[1] == 0
+            if first or (isinstance(node.args[1], (list, tuple)) and len(node.args[1]) == 1):
+                rest = found[source][1:]
+                given = len(analysis.axes(node)) - len(rest)
+                found[node] = [set() for _ in range(given)] + rest
     return found
 
 
@@ -136,11 +143,12 @@ def _zeros_of(analysis: AxisAnalysis, node: fx.Node, state: dict[fx.Node, Any]) 
         source, position = node.args
         several = state.get(source, NONE) if isinstance(source, fx.Node) else NONE
         return several[position] if isinstance(several, list) else NONE
-    packet = _packet(node)
+    packet = packet_of(node)
     rule = _RULES.get(packet)
     if rule is not None:
         return rule(analysis, node, bind(node), state)
-    if packet in SHAPE_RULES and packet not in _NEVER or packet in _KEEPING or packet in COPIES:
+    moves = packet in SHAPE_RULES and packet not in _NEVER
+    if moves or packet in _KEEPING or packet in COPIES:
         return _keep(analysis, node, state)
     if is_pointwise(node):
         return _pointwise(analysis, node, state)
@@ -153,7 +161,7 @@ def _keep(analysis: AxisAnalysis, node: fx.Node, state: dict[fx.Node, Any]) -> A
     if not isinstance(source, fx.Node):
         return NONE
     given = state.get(source, NONE)
-    if SHAPE_RULES.get(_packet(node)) is permute:
+    if SHAPE_RULES.get(packet_of(node)) is permute:
         new = order(node, bind(node), len(analysis.axes(source)))
         return frozenset((new.index(dim), atom) for dim, atom in given)
     before = _places(analysis.axes(source))
@@ -186,7 +194,7 @@ def _places(axes: Iterable[Axis]) -> dict[Axis, list[int]]:
 
 
 def _pointwise(analysis: AxisAnalysis, node: fx.Node, state: dict[fx.Node, Any]) -> Zeros:
-    packet = _packet(node)
+    packet = packet_of(node)
     operands = [n for n in node.all_input_nodes if n in analysis.context.axes]
     rank = len(analysis.axes(node))
     found = [_broadcast(state.get(n, NONE), len(analysis.axes(n)), rank) for n in operands]
@@ -253,7 +261,7 @@ def _matmul(a: AxisAnalysis, node: fx.Node, b: dict[str, Any], state: dict[fx.No
 def _grouped_mm(
     a: AxisAnalysis, node: fx.Node, b: dict[str, Any], state: dict[fx.Node, Any]
 ) -> Zeros:
-    return frozenset((1, atom) for dim, atom in state.get(b["mat2"], NONE) if dim == 2)
+    return frozenset((1, atom) for dim, atom in state.get(list(b.values())[1], NONE) if dim == 2)
 
 
 def _einsum(a: AxisAnalysis, node: fx.Node, b: dict[str, Any], state: dict[fx.Node, Any]) -> Zeros:
@@ -372,11 +380,6 @@ def _with_bias(
     if bias is None:
         return frozenset(found)
     return frozenset(found) & {(places[d], t) for d, t in state.get(bias, NONE)}
-
-
-def _packet(node: fx.Node) -> Any:
-    op = ops.overload(node)
-    return None if op is None else op.overloadpacket
 
 
 _RULES: dict[Any, Callable[..., Any]] = {

@@ -101,8 +101,8 @@ def export_program(model: nn.Module, inputs: Sequence[Any], keywords: dict[str, 
         reasons = "\n  ".join(f"{type(e).__name__}: {_first_line(e)}" for e in errors)
         raise CaptureError(
             f"the forward of {type(model).__name__} cannot be captured as one graph:\n  {reasons}\n"
-            "  Remove what depends on the values of tensors (`.item()`, `if tensor:`), or prune the "
-            "submodules on their own"
+            "  Remove what depends on the values of tensors (`.item()`, `if tensor:`), or prune "
+            "the submodules on their own"
         ) from errors[0]
     module = exported.graph_module
     leaves: dict[fx.Node, Leaf] = {}

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from gtrans.analysis.axis_rules import norms, pointwise, products, shapes
-from gtrans.analysis.axis_rules.context import Rule
+from gtrans.analysis.axis_rules.context import Rule, packet_of
 
 aten = torch.ops.aten
 
@@ -28,7 +28,7 @@ def rule_of(node: fx.Node) -> Rule | None:
     """The transfer rule of a call, None if there is none."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
-    packet = node.target.overloadpacket
+    packet = packet_of(node)
     if packet in (aten.view, aten._unsafe_view) and node.target is aten.view.dtype:
         return None
     found = RULES.get(packet)

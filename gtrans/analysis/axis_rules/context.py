@@ -106,6 +106,16 @@ class Unsupported(Exception):
     """A rule meets a case it does not cover; the analysis freezes the operands instead."""
 
 
+SAME_AS = {"transformers::grouped_mm_fallback": torch.ops.aten._grouped_mm}
+"""Operators of other libraries that mean what one of ATen means, argument by argument."""
+
+
+def packet_of(node: fx.Node) -> Any:
+    """The operator of a call without its overload; None for anything but an operator."""
+    op = ops.overload(node)
+    return None if op is None else SAME_AS.get(op._name.partition(".")[0], op.overloadpacket)
+
+
 def bind(node: fx.Node) -> dict[str, Any]:
     """The arguments of an operator call by name, with defaults."""
     op = ops.overload(node)

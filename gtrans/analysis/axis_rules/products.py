@@ -57,7 +57,7 @@ def addmm(c: Context, node: fx.Node, a: dict[str, Any]) -> Axes:
 
 def grouped_mm(c: Context, node: fx.Node, a: dict[str, Any]) -> Axes:
     """Rows of `x[t, k]`, sorted by expert, times the expert's `weight[e, k, n]`."""
-    x, weight = a["self"], a["mat2"]
+    x, weight = list(a.values())[:2]
     xs, ws = c.of(x), c.of(weight)
     if len(xs) != 2 or len(ws) != 3 or a.get("bias") is not None:
         raise Unsupported("grouped product of this form")
