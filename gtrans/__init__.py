@@ -62,6 +62,7 @@ __all__ = [
     "Pass",
     "Pipeline",
     "PrunePlan",
+    "PrunePlan",
     "SitePass",
     "Stats",
     "Unbiased",

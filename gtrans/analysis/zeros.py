@@ -142,7 +142,8 @@ def _zeros_of(analysis: AxisAnalysis, node: fx.Node, state: dict[fx.Node, Any]) 
     if node.target is operator.getitem:
         source, position = node.args
         several = state.get(source, NONE) if isinstance(source, fx.Node) else NONE
-        return several[position] if isinstance(several, list) else NONE
+        known = isinstance(several, list) and isinstance(position, int)
+        return several[position] if known else NONE
     packet = packet_of(node)
     rule = _RULES.get(packet)
     if rule is not None:

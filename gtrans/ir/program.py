@@ -157,9 +157,8 @@ def _without_writes(graph: fx.Graph, leaves: dict[fx.Node, Leaf]) -> None:
         if ops.is_view(written) or any(ops.is_view(u) for u in written.users):
             continue
         node.target = pure
-        written.replace_all_uses_with(
-            node, delete_user_cb=lambda user, node=node: user > node, propagate_meta=False
-        )
+        for user in [u for u in written.users if u > node]:
+            user.replace_input_with(written, node)
 
 
 def _pure_form(node: fx.Node) -> torch._ops.OpOverload | None:
