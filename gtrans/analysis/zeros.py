@@ -315,7 +315,7 @@ def _norm(a: AxisAnalysis, node: fx.Node, b: dict[str, Any], state: dict[fx.Node
     if weight is None:
         return NONE
     rank = len(a.axes(node))
-    ends = "normalized_shape" in b
+    ends = "normalized_shape" in b or "divisor" in b
     shift = rank - len(a.axes(weight)) if ends else min(1, rank - 1)
     found = {(d + shift, t) for d, t in state.get(weight, NONE)}
     places = {d: d + shift for d in range(len(a.axes(weight)))}
@@ -401,6 +401,9 @@ _RULES |= dict.fromkeys(
 )
 _RULES |= dict.fromkeys(
     (aten.layer_norm, aten.rms_norm, aten.batch_norm, aten.instance_norm, aten.group_norm), _norm
+)
+_RULES |= dict.fromkeys(
+    (torch.ops.gtrans.layer_norm_of_longer, torch.ops.gtrans.rms_norm_of_longer), _norm
 )
 _RULES |= dict.fromkeys((aten.cat, aten.concat, aten.stack), _cat)
 _RULES |= dict.fromkeys(_ZEROS, _zero)

@@ -8,7 +8,7 @@ This works for every program. Where the model's own modules can express the resu
 `erase_modules` gives a model of the same class instead.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from types import SimpleNamespace
@@ -173,7 +173,11 @@ class GraphErasure:
                 holder = module.get_submodule(owner)
                 if last in holder._buffers:
                     holder._non_persistent_buffers_set.add(last)
+        _order(module, [leaf.name.removeprefix(prefix) for leaf in self._leaves()])
         return module
+
+    def _leaves(self) -> Iterable[Leaf]:
+        return self.structure.program.leaves.values()
 
     def _leaf(self, leaf: Leaf) -> fx.Node:
         self._roots[leaf.name] = self._tensors[leaf.name]
@@ -241,6 +245,22 @@ class GraphErasure:
             twin.update_arg(position, self._flag)
         else:
             twin.update_kwarg(key, self._flag)
+
+
+def _order(module: nn.Module, names: Sequence[str]) -> None:
+    """Puts parameters into the order of the model's own; a GraphModule sorts them by depth."""
+    place: dict[str, int] = {}
+    for i, name in enumerate(names):
+        for end in range(len(name) + 1):
+            if end == len(name) or name[end] == ".":
+                place.setdefault(name[:end], i)
+    for path, owner in module.named_modules():
+        start = f"{path}." if path else ""
+        for table in (owner._parameters, owner._buffers, owner._modules):
+            keys = sorted(table, key=lambda k: place.get(start + k, len(names)))  # noqa: B023
+            items = [(k, table[k]) for k in keys]
+            table.clear()
+            table.update(items)  # type: ignore[arg-type]  # each table keeps its own values
 
 
 def owner_path(node: fx.Node) -> str:

@@ -1,5 +1,6 @@
 """Small models of many kinds, and the comparison that every erasure must pass."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ class InDouble(TorchFunctionMode):
 def in_double() -> Iterator[None]:
     """Runs every test of this folder in float64 throughout."""
     torch.manual_seed(0)
+    # Under pytest's log handler torch writes a trace of every export, which takes most of the time.
+    logging.getLogger("torch.__trace").setLevel(logging.CRITICAL)
     with InDouble():
         yield
 

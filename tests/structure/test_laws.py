@@ -109,7 +109,7 @@ NETWORKS = st.lists(
 )
 X = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(3)).double()
 SLOW = settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -117,7 +117,7 @@ SLOW = settings(
 
 
 @SLOW
-@given(NETWORKS)
+@given(network=NETWORKS)
 def test_zeros_go_without_a_trace(network: Any, erasure: Any) -> None:
     result = erasure(Network(network), (X,), {})
     assert result.forward <= 1e-9
@@ -127,7 +127,7 @@ def test_zeros_go_without_a_trace(network: Any, erasure: Any) -> None:
 
 
 @SLOW
-@given(NETWORKS)
+@given(network=NETWORKS)
 def test_erasing_nothing_is_the_identity(network: Any) -> None:
     model = Network(network).double().eval()
     plan = gtrans.prune(model, X)
@@ -139,7 +139,7 @@ def test_erasing_nothing_is_the_identity(network: Any) -> None:
 
 
 @SLOW
-@given(NETWORKS, st.integers(0, 99))
+@given(network=NETWORKS, seed=st.integers(0, 99))
 def test_one_after_the_other_is_both_at_once(network: Any, seed: int) -> None:
     torch.manual_seed(seed)
     model = Network(network).double().eval()
@@ -156,13 +156,11 @@ def test_one_after_the_other_is_both_at_once(network: Any, seed: int) -> None:
     twice = again.erase(second)
     for (name, p), q in zip(once.named_parameters(), twice.parameters(), strict=True):
         assert torch.equal(p, q), name
-    # The divisors that norms keep do not add up over two plans, so only the rest is compared.
-    if not any(kind == "layer-norm" for kind, _, _ in network):
-        torch.testing.assert_close(once(X), twice(X), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(once(X), twice(X), rtol=1e-10, atol=1e-12)
 
 
 @SLOW
-@given(NETWORKS)
+@given(network=NETWORKS)
 def test_the_contract_is_not_vacuous(network: Any, random_half: Any) -> None:
     torch.manual_seed(0)
     model = Network(network).double().eval()
@@ -174,7 +172,7 @@ def test_the_contract_is_not_vacuous(network: Any, random_half: Any) -> None:
 
 
 def test_a_compiled_erased_model_computes_the_same(random_half: Any) -> None:
-    network = [("conv", 0, 2), ("batch-norm", 0, 1), ("residual", 0, 2), ("attention", 0, 1)]
+    network = [("conv", 0, 2), ("batch-norm", 0, 1), ("residual", 0, 2), ("glu", 0, 1)]
     model = Network(network).double().eval()
     plan = gtrans.prune(model, X)
     for form in ("module", "graph"):

@@ -17,6 +17,10 @@ from gtrans.analysis.axis_rules.context import (
     normal,
     shape,
 )
+from gtrans.runtime.norms import LIBRARY
+
+# Importing it registers the operators.
+_ = LIBRARY
 
 aten = torch.ops.aten
 
@@ -35,6 +39,20 @@ def layer_norm(c: Context, node: fx.Node, a: dict[str, Any]) -> Axes:
         c.need(node, axis, (x, len(xs) - count + i))
     c.resize(node, "normalized_shape", list(inner))
     c.average(node, inner)
+    return xs
+
+
+def norm_of_longer(c: Context, node: fx.Node, a: dict[str, Any]) -> Axes:
+    """A norm that was shortened before: its divisor is a number of its own."""
+    x, rank = a["input"], a["rank"]
+    xs = c.of(x)
+    inner = xs[-rank:]
+    for name in ("weight", "bias"):
+        if (p := a.get(name)) is not None:
+            for axis, other in zip(inner, c.of(p), strict=True):
+                unify(axis, other)
+    for i, axis in enumerate(inner):
+        c.need(node, axis, (x, len(xs) - rank + i))
     return xs
 
 
@@ -142,6 +160,8 @@ def _opname(node: fx.Node) -> str:
 RULES: dict[Any, Rule] = {
     aten.layer_norm: layer_norm,
     aten.rms_norm: layer_norm,
+    torch.ops.gtrans.layer_norm_of_longer: norm_of_longer,
+    torch.ops.gtrans.rms_norm_of_longer: norm_of_longer,
     aten.batch_norm: batch_norm,
     aten.instance_norm: batch_norm,
     aten.group_norm: group_norm,
