@@ -123,10 +123,11 @@ def _ranked(
     pools: dict[object, list[_Chunk]] = {}
     for c in classes:
         pools.setdefault(c.name if scope == "local" else signature(c), []).extend(per_class[c.name])
+    sizes = {c.name: c.size for c in classes}
     order: list[tuple[float, _Chunk]] = []
     for pool in pools.values():
         pool.sort(key=lambda k: k.score)
-        total, done = sum(len(k.indices) for k in pool), 0
+        total, done = sum(sizes[name] for name in {k.name for k in pool}), 0
         for k in pool:
             # By how much of its pool is gone: pools shrink alike.
             order.append(((done + len(k.indices)) / total, k))

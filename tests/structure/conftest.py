@@ -1,7 +1,7 @@
 """Small models of many kinds, and the comparison that every erasure must pass."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +32,11 @@ class InDouble(TorchFunctionMode):
 
 
 @pytest.fixture(autouse=True)
-def in_double() -> Iterator[None]:
-    """Runs every test of this folder in float64 throughout."""
+def quiet() -> None:
+    """The same random models every time, and no traces of their capture."""
     torch.manual_seed(0)
     # Under pytest's log handler torch writes a trace of every export, which takes most of the time.
     logging.getLogger("torch.__trace").setLevel(logging.CRITICAL)
-    with InDouble():
-        yield
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
@@ -138,7 +136,12 @@ def compare(
 @pytest.fixture
 def erasure() -> Callable[..., Result]:
     """`compare`, for tests."""
-    return compare
+
+    def in_double(*args: Any, **kwargs: Any) -> Result:
+        with InDouble():
+            return compare(*args, **kwargs)
+
+    return in_double
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ NETWORKS = st.lists(
 )
 X = torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(3)).double()
 SLOW = settings(
-    max_examples=12,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
