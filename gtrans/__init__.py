@@ -62,7 +62,6 @@ __all__ = [
     "Pass",
     "Pipeline",
     "PrunePlan",
-    "PrunePlan",
     "SitePass",
     "Stats",
     "Unbiased",

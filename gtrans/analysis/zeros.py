@@ -141,9 +141,10 @@ def _origins(analysis: AxisAnalysis) -> dict[fx.Node, list[set[tuple[fx.Node, in
 def _zeros_of(analysis: AxisAnalysis, node: fx.Node, state: dict[fx.Node, Any]) -> Any:
     if node.target is operator.getitem:
         source, position = node.args
-        several = state.get(source, NONE) if isinstance(source, fx.Node) else NONE
-        known = isinstance(several, list) and isinstance(position, int)
-        return several[position] if known else NONE
+        several: Any = state.get(source, NONE) if isinstance(source, fx.Node) else NONE
+        if isinstance(several, list) and isinstance(position, int):
+            return several[position]
+        return NONE
     packet = packet_of(node)
     rule = _RULES.get(packet)
     if rule is not None:

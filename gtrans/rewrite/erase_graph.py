@@ -257,10 +257,10 @@ def _order(module: nn.Module, names: Sequence[str]) -> None:
     for path, owner in module.named_modules():
         start = f"{path}." if path else ""
         for table in (owner._parameters, owner._buffers, owner._modules):
-            keys = sorted(table, key=lambda k: place.get(start + k, len(names)))  # noqa: B023
+            keys = sorted(table, key=lambda k: place.get(start + k, len(names)))
             items = [(k, table[k]) for k in keys]
             table.clear()
-            table.update(items)  # type: ignore[arg-type]  # each table keeps its own values
+            table.update(items)
 
 
 def owner_path(node: fx.Node) -> str:

@@ -32,7 +32,7 @@ class Inexpressible(Exception):
 
 @dataclass(frozen=True)
 class Expected:
-    """What a module, or the whole model, must return: shape and 2-norm of its first tensor."""
+    """What one tensor among a module's results must be: its shape and 2-norm."""
 
     shape: tuple[int, ...]
     norm: float
@@ -40,13 +40,18 @@ class Expected:
 
     def problem(self, value: Any) -> str:
         """How a value differs; empty if it does not."""
-        found = next(
-            (t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)), torch.empty(0)
-        )
-        if tuple(found.shape) != self.shape:
-            return f"has the shape {tuple(found.shape)}, not {self.shape}"
-        off = abs(_norm(found) - self.norm) / max(self.norm, 1e-30)
-        return "" if off <= _TOLERANCE.get(self.dtype, 5e-2) else f"differs by {off:.1e}"
+        first = ""
+        for found in pytree.tree_leaves(value):
+            if not isinstance(found, torch.Tensor):
+                continue
+            if tuple(found.shape) != self.shape:
+                first = first or f"has the shape {tuple(found.shape)}, not {self.shape}"
+                continue
+            off = abs(_norm(found) - self.norm) / max(self.norm, 1e-30)
+            if off <= _TOLERANCE.get(self.dtype, 5e-2):
+                return ""
+            first = first or f"differs by {off:.1e}"
+        return first or "holds no tensor"
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Which classes small models have, which contracts, and why the rest is frozen."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +14,13 @@ from gtrans.ir.program import export_program
 class Model(nn.Module):
     """Layers by name and a function of them."""
 
-    def __init__(self, forward: Callable[..., torch.Tensor], **layers: nn.Module) -> None:
+    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
         super().__init__()
         self.run = forward
         for name, layer in layers.items():
             setattr(self, name, layer)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.run(self, x)
 
 
@@ -81,7 +82,7 @@ def test_a_sum_over_live_values_names_itself() -> None:
 
 
 def test_packed_projections_share_heads_but_not_the_number_three() -> None:
-    def run(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def run(m: Any, x: torch.Tensor) -> Any:
         q, k, v = m.qkv(x).view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v)
         return m.out(y.transpose(1, 2).reshape(2, 5, 8))
@@ -95,7 +96,7 @@ def test_packed_projections_share_heads_but_not_the_number_three() -> None:
 
 
 def test_shared_key_heads_go_with_their_query_heads() -> None:
-    def run(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def run(m: Any, x: torch.Tensor) -> Any:
         q = m.q(x).view(2, 5, 6, 4).transpose(1, 2)
         k, v = (f(x).view(2, 5, 2, 4).transpose(1, 2) for f in (m.k, m.v))
         y = F.scaled_dot_product_attention(q, k, v, scale=0.5, enable_gqa=True)
@@ -104,7 +105,9 @@ def test_shared_key_heads_go_with_their_query_heads() -> None:
     model = Model(
         run, q=nn.Linear(6, 24), k=nn.Linear(6, 8), v=nn.Linear(6, 8), out=nn.Linear(24, 6)
     )
-    found = {(c.size, c.exact, len(c.producers)) for c in _structure(model, torch.randn(2, 5, 6)).classes}
+    found = {
+        (c.size, c.exact, len(c.producers)) for c in _structure(model, torch.randn(2, 5, 6)).classes
+    }
     assert (2, True, 6) in found  # a key head and its queries
     assert (3, False, 2) in found  # one query head of each group: uniform attention stays alive
 
@@ -121,9 +124,7 @@ def test_concatenation_keeps_its_parts_apart() -> None:
 
 
 def test_an_operator_without_a_rule_freezes_with_its_name() -> None:
-    model = Model(
-        lambda m, x: m.b(torch.linalg.inv(m.a(x))), a=nn.Linear(4, 4), b=nn.Linear(4, 2)
-    )
+    model = Model(lambda m, x: m.b(torch.linalg.inv(m.a(x))), a=nn.Linear(4, 4), b=nn.Linear(4, 2))
     structure = _structure(model, torch.randn(4, 4))
     assert not structure.classes
     assert any("no rule" in f.reason for f in structure.frozen)
@@ -131,7 +132,7 @@ def test_an_operator_without_a_rule_freezes_with_its_name() -> None:
 
 
 def test_a_write_into_a_view_freezes_all_that_shares_the_memory() -> None:
-    def run(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def run(m: Any, x: torch.Tensor) -> Any:
         y = m.a(x)
         y[:, :2] += 1
         return m.b(y)
@@ -154,7 +155,7 @@ def test_tied_weights_are_counted_once() -> None:
             self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
             self.head.weight = self.embed.weight
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             return self.head(self.embed(x))
 
     structure = _structure(Tied(), torch.tensor([[1, 2]]))

@@ -18,9 +18,7 @@ from gtrans.rewrite.erase_graph import cut
 class InDouble(TorchFunctionMode):
     """Reads float32 as float64, so that a model's own casts do not hide behind rounding."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.float:
             func = torch.Tensor.double
 
@@ -80,16 +78,14 @@ def _gradients(model: nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
         (t * torch.randn(t.shape, generator=generator, dtype=torch.float64)).sum() for t in outputs
     )
     assert isinstance(loss, torch.Tensor)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return outputs
 
 
 def half(plan: gtrans.PrunePlan, seed: int = 1) -> dict[str, torch.Tensor]:
     """Half of the indices of every exact class, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        c.name: torch.randperm(c.size, generator=generator) < c.size // 2 for c in plan.exact
-    }
+    return {c.name: torch.randperm(c.size, generator=generator) < c.size // 2 for c in plan.exact}
 
 
 def compare(
@@ -125,7 +121,8 @@ def compare(
     for name, p in erased.named_parameters():
         reference = old[name].grad
         if reference is None or p.grad is None:
-            assert (p.grad is None or not p.grad.any()) and reference is None, name
+            assert reference is None, name
+            assert p.grad is None or not p.grad.any(), name
             continue
         reference = cut(reference, masks[name])
         scale = max(float(reference.norm()), 1e-4 * largest)

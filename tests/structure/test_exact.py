@@ -19,7 +19,7 @@ class Residual(nn.Module):
         self.b, self.nb = conv(12, 8), nn.BatchNorm2d(8)
         self.head = nn.Linear(8, 5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         x = F.relu(self.bn(self.stem(x)), inplace=True)
         y = self.nb(self.b(F.silu(self.na(self.a(x)))))
         return self.head(F.relu(x + y).mean((2, 3)))
@@ -32,7 +32,7 @@ class UNet(nn.Module):
         self.norm = nn.GroupNorm(4, 8)
         self.up, self.leave = nn.ConvTranspose2d(8, 6, 2, stride=2), nn.Conv2d(12, 2, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         skip = F.gelu(self.enter(x))
         low = F.gelu(self.norm(self.down(skip)))
         return self.leave(torch.cat([skip, self.up(low)], 1))
@@ -57,7 +57,7 @@ class Attention(nn.Module):
         self.up, self.down = nn.Linear(width, 20), nn.Linear(10, width)
         self.head = nn.Linear(width, 3)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor) -> Any:
         x = self.embed(ids)
         n, t, _ = x.shape
         h = self.norm1(x)
@@ -83,7 +83,7 @@ class Tied(nn.Module):
         self.head = nn.Linear(16, 11, bias=False)
         self.head.weight = self.embed.weight
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor) -> Any:
         x = self.embed(ids)
         return self.head(x + torch.tanh(self.mix(x)))
 
@@ -98,7 +98,7 @@ class Shuffle(nn.Module):
         self.squeeze, self.excite = nn.Linear(24, 6), nn.Linear(6, 24)
         self.head = nn.Linear(24 * 4, 5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         x = F.relu(self.b(F.relu(self.a(x))))
         n, c, h, w = x.shape
         x = x.view(n, 3, c // 3, h, w).transpose(1, 2).reshape(n, c, h, w)
@@ -171,14 +171,14 @@ def _mixtral() -> Built:
 HF: dict[str, Callable[[], Built]] = {
     "bert": _hf("bert", "AutoModelForQuestionAnswering", intermediate_size=48),
     "gpt2": _hf("gpt2", "AutoModelForCausalLM", n_embd=32, n_layer=2, n_head=4),
-    "llama": _hf(
-        *("llama", "AutoModelForCausalLM"), intermediate_size=48, num_key_value_heads=2
-    ),
+    "llama": _hf(*("llama", "AutoModelForCausalLM"), intermediate_size=48, num_key_value_heads=2),
     "mixtral": _mixtral,
     "t5": _hf("t5", "AutoModelForSeq2SeqLM", d_model=32, d_kv=8, d_ff=48, num_layers=2),
     "vit": _hf(
         *("vit", "AutoModelForImageClassification"),
-        **{"intermediate_size": 48, "image_size": 16, "patch_size": 4},
+        intermediate_size=48,
+        image_size=16,
+        patch_size=4,
     ),
 }
 

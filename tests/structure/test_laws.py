@@ -59,18 +59,15 @@ class Network(nn.Module):
             return {"a": nn.Linear(c, 3 * c), "b": nn.Linear(c, c)}, c
         return {}, c
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         values = [F.relu(self.stem(x))]
         for number, (kind, pick, _) in enumerate(self.plan):
-            a, b = (
-                self.layers[f"{number}-{k}"] if f"{number}-{k}" in self.layers else None
-                for k in "ab"
-            )
+            a, b = (self.layers._modules.get(f"{number}-{k}") for k in "ab")
             values.append(_step(kind, values[-1], values[pick % len(values)], a, b))
         return self.head(values[-1].mean((2, 3)))
 
 
-def _step(kind: str, x: torch.Tensor, y: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+def _step(kind: str, x: torch.Tensor, y: torch.Tensor, a: Any, b: Any) -> Any:
     n, c, h, w = x.shape
     match kind:
         case "conv" | "depthwise" | "grouped" | "batch-norm" | "group-norm":
@@ -101,7 +98,8 @@ def _step(kind: str, x: torch.Tensor, y: torch.Tensor, a: Any, b: Any) -> torch.
             return b(mixed).transpose(1, 2).reshape(n, c, h, w)
         case "shift":
             return F.pad(x, (1, 0, 0, 0))[..., :-1].roll(1, 2)
-    return {"relu": F.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}[kind](x)
+    unary: dict[str, Any] = {"relu": F.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
+    return unary[kind](x)
 
 
 NETWORKS = st.lists(
@@ -190,7 +188,7 @@ def test_what_is_refused_really_changes(kind: str) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             y = self.a(x)
             return self.b(torch.sigmoid(y) if kind == "sigmoid" else y.softmax(-1))
 

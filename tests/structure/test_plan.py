@@ -24,7 +24,7 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.head = nn.Linear(width, 2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         h = self.enter(x)
         n, t, _ = h.shape
         q, k, v = self.qkv(self.norm(h)).view(n, t, 3, self.num_heads, self.head_dim).unbind(2)
@@ -116,7 +116,8 @@ def test_targets_are_reached(plan: gtrans.PrunePlan, method: str) -> None:
     chosen = plan.select(sparsity=0.3, method=method)
     assert sum(int(g.sum()) for g in chosen.values()) == int(0.3 * total)
     for name in ("params", "flops"):
-        left = plan.left(plan.select(**{name: 0.5}, method=method))
+        options: dict[str, Any] = {name: 0.5, "method": method}
+        left = plan.left(plan.select(**options))
         whole = {"params": plan.parameters, "flops": plan.flops}[name]
         share = left["parameters" if name == "params" else name] / whole
         assert share <= 0.5
@@ -136,7 +137,9 @@ def test_unreachable_targets_say_what_can_be_reached(plan: gtrans.PrunePlan) -> 
         plan.select(sparsity=1.0)
     with pytest.raises(PlanError, match=r"params=0\.001 cannot be reached.*ask for params=0\.\d+"):
         plan.select(params=0.001)
-    smallest = float(str(pytest.raises(PlanError, plan.select, flops=0.001).value).split("=")[-1].split()[0])
+    with pytest.raises(PlanError, match="ask for flops=") as caught:
+        plan.select(flops=0.001)
+    smallest = float(str(caught.value).partition("ask for flops=")[2].split()[0])
     assert plan.left(plan.select(flops=smallest))["flops"] <= smallest * plan.flops
 
 
@@ -145,7 +148,7 @@ def test_bad_options(plan: gtrans.PrunePlan) -> None:
         plan.select()
     with pytest.raises(OptionError, match="exactly one of sparsity"):
         plan.select(sparsity=0.5, params=0.5)
-    with pytest.raises(OptionError, match="between 0 and 1, got 1.5"):
+    with pytest.raises(OptionError, match=r"between 0 and 1, got 1\.5"):
         plan.select(sparsity=1.5)
     with pytest.raises(OptionError, match="did you mean 'magnitude'"):
         plan.select(sparsity=0.5, method="magnitud")
@@ -160,7 +163,7 @@ def test_bad_options(plan: gtrans.PrunePlan) -> None:
         plan.erase({c.name: torch.ones(c.size, dtype=torch.bool)})
     with pytest.raises(OptionError, match="must be 16 booleans"):
         plan.erase({c.name: torch.ones(3, dtype=torch.bool)})
-    with pytest.raises(OptionError, match="has no class 'enter.weight'; did you mean"):
+    with pytest.raises(OptionError, match=r"has no class 'enter\.weight'; did you mean"):
         plan.erase({"enter.weight": torch.ones(3, dtype=torch.bool)})
 
 
@@ -172,7 +175,7 @@ def test_another_model_and_a_second_erasure(plan: gtrans.PrunePlan) -> None:
     with pytest.raises(ModelError, match="has been erased already"):
         plan.erase(chosen, model=slim)
     twin = Block().double().eval()
-    assert plan.erase(chosen, model=twin).enter.weight.shape == slim.enter.weight.shape
+    assert plan.erase(chosen, model=twin).state_dict().keys() == slim.state_dict().keys()
 
 
 def test_nothing_to_erase_gives_the_reasons() -> None:
@@ -186,20 +189,20 @@ def test_nothing_to_erase_gives_the_reasons() -> None:
     with pytest.raises(PlanError, match="contract='approximate' admits others"):
         approximate.select(sparsity=0.5)
     chosen = approximate.select(sparsity=0.5, contract="approximate")
-    assert approximate.erase(chosen)[0].out_features == 2
+    assert approximate.erase(chosen).state_dict()["0.bias"].shape == (2,)
 
 
 def test_what_cannot_be_pruned_at_all() -> None:
-    with pytest.raises(ModelError, match="expected a torch.nn.Module, got function"):
+    with pytest.raises(ModelError, match=r"expected a torch\.nn\.Module, got function"):
         gtrans.prune(lambda x: x)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="has no parameters"):
         gtrans.prune(nn.ReLU(), torch.randn(1))
 
     class Choosy(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             return super().forward(x) if x.sum().item() > 0 else x
 
-    with pytest.raises(CaptureError, match="forward of Choosy cannot be captured as one graph"):
+    with pytest.raises(CaptureError, match=r"forward of Choosy cannot be captured as one graph"):
         gtrans.prune(Choosy(3, 3), torch.randn(2, 3))
 
 
@@ -210,7 +213,7 @@ class Fixed(nn.Module):
         super().__init__()
         self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 4)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         y = self.a(x).view(x.shape[0], 2, 4).softmax(-1).flatten(1)
         return self.c(torch.relu(self.b(y)))
 
@@ -220,7 +223,7 @@ def test_what_a_class_cannot_express() -> None:
     plan = gtrans.prune(Fixed(), x)
     heads = next(c for c in plan.classes if c.size == 2)
     chosen = {heads.name: torch.tensor([True, False])}
-    with pytest.raises(PlanError, match="Fixed cannot express this erasure: .* take form='graph'"):
+    with pytest.raises(PlanError, match=r"Fixed cannot express this erasure: .* take form='graph'"):
         plan.erase(chosen, form="module")
     assert isinstance(plan.erase(chosen), torch.fx.GraphModule)
     same = gtrans.prune(Fixed(), x, same_class=True)

@@ -1,5 +1,6 @@
 """The sparsifier reaches its target exactly, holds zeros, and training goes on afterwards."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ def _model() -> nn.Sequential:
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)).double()
 Y = torch.randn(16, 3, generator=torch.Generator().manual_seed(1)).double()
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
@@ -122,7 +123,9 @@ def test_it_resumes() -> None:
     _train(model, opt, 3)
     assert second.done
     assert second.sparsity == 0.5
-    other = gtrans.prune(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), X[:, :3].float())
+    other = gtrans.prune(
+        nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), X[:, :3].float()
+    )
     foreign = other.sparsifier(torch.optim.SGD(other.model.parameters(), lr=0.1), sparsity=0.5)
     with pytest.raises(ModelError, match="other classes"):
         foreign.load_state_dict(state)
@@ -183,14 +186,17 @@ def test_a_pulled_step_shrinks_and_descends(seed: int, base: float) -> None:
 
 def test_scores_follow_their_formulas_and_ignore_the_order_of_units() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    first = nn.Linear(3, 4)
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(4, 2)).double()
     x = torch.randn(5, 3).double()
     plan = gtrans.prune(model, x)
     model(x).square().sum().backward()
     (c,) = plan.classes
     tensors: dict[str, Any] = dict(model.named_parameters())
-    rows = torch.cat([model[0].weight, model[0].bias[:, None]], 1).detach()
-    grads = torch.cat([model[0].weight.grad, model[0].bias.grad[:, None]], 1)
+    assert first.weight.grad is not None
+    assert first.bias.grad is not None
+    rows = torch.cat([first.weight, first.bias[:, None]], 1).detach()
+    grads = torch.cat([first.weight.grad, first.bias.grad[:, None]], 1)
     found = moments(c, tensors)
     torch.testing.assert_close(found.square, rows.square().sum(1))
     torch.testing.assert_close(found.dot, (rows * grads).sum(1))
