@@ -218,7 +218,7 @@ class Fixed(nn.Module):
         return self.c(torch.relu(self.b(y)))
 
 
-def test_what_a_class_cannot_express() -> None:
+def test_what_a_class_cannot_express(caplog: pytest.LogCaptureFixture) -> None:
     x = torch.randn(3, 4)
     plan = gtrans.prune(Fixed(), x)
     heads = next(c for c in plan.classes if c.size == 2)
@@ -226,6 +226,7 @@ def test_what_a_class_cannot_express() -> None:
     with pytest.raises(PlanError, match=r"Fixed cannot express this erasure: .* take form='graph'"):
         plan.erase(chosen, form="module")
     assert isinstance(plan.erase(chosen), torch.fx.GraphModule)
+    assert "Fixed cannot express this erasure" in caplog.text
     same = gtrans.prune(Fixed(), x, same_class=True)
     assert [c.name for c in same.classes] == ["b.weight[0]"]
     assert "the model's class cannot express it" in str(same)
