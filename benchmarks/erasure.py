@@ -7,6 +7,7 @@ read as float64, so that it does not hide a difference behind rounding.
 """
 
 import inspect
+import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -91,6 +92,7 @@ class InDouble(TorchFunctionMode):
 def main(quick: bool, device: str) -> int:
     """Runs the benchmark; returns 0 where every model is exact and the analysis fast enough."""
     allow_broken_torchvision()
+    logging.getLogger("gtrans").setLevel(logging.ERROR)  # the column "form" says it
     entries = [e for e in (*ZOO, *MORE) if not quick or e.name in _QUICK]
     columns = ("model", "classes", "exact", "left", "forward", "gradient", "form", "analysis")
     table = Table(columns, (32, 9, 7, 8, 10, 10, 8, 10, 12))

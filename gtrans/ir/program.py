@@ -121,6 +121,7 @@ def export_program(model: nn.Module, inputs: Sequence[Any], keywords: dict[str, 
         else:
             leaves[node] = Leaf(node.name, "input")
     _without_checks(module)
+    _without_identities(module.graph)
     _without_writes(module.graph, leaves)
     spec = exported.call_spec
     saved = frozenset(model.state_dict())
@@ -145,6 +146,21 @@ def _without_checks(module: fx.GraphModule) -> None:
         if node.target in _CHECKS and not node.users:
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
+
+
+def _without_identities(graph: fx.Graph) -> None:
+    """Drops casts to the dtype a value has already: the module that casts returns its input."""
+    for node in list(graph.nodes):
+        op = ops.overload(node)
+        if op is None or op.overloadpacket not in (aten.to, aten.alias):
+            continue
+        source, value = node.args[0], node.meta.get("val")
+        given = source.meta.get("val") if isinstance(source, fx.Node) else None
+        if isinstance(value, torch.Tensor) and isinstance(given, torch.Tensor):
+            same = value.dtype == given.dtype and value.device == given.device
+            if same and value.stride() == given.stride() and value.shape == given.shape:
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
 
 
 def _without_writes(graph: fx.Graph, leaves: dict[fx.Node, Leaf]) -> None:

@@ -205,16 +205,20 @@ def _advance(
 def _exits(graph: GraphErasure) -> dict[fx.Node, list[str]]:
     """For nodes of the erased graph, the modules whose only result they are."""
     results: dict[str, list[fx.Node]] = {}
+    repeated: set[str] = set()
     for node in graph.structure.program.graph.nodes:
         if node.op != "call_function":
             continue
+        # Capture writes the second call of a module as "path@1".
+        stack = (node.meta.get("nn_module_stack") or {}).values()
+        repeated |= {str(path).partition("@")[0] for path, _ in stack if "@" in str(path)}
         for path in paths_of(node):
             if any(path not in paths_of(user) for user in node.users):
                 results.setdefault(path, []).append(node)
     found: dict[fx.Node, list[str]] = {}
     for path, nodes in results.items():
         made = graph.made.get(nodes[0])
-        if len(nodes) == 1 and isinstance(made, fx.Node):
+        if len(nodes) == 1 and path not in repeated and isinstance(made, fx.Node):
             found.setdefault(made, []).append(path)
     return found
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import gtrans
+
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
@@ -174,6 +176,7 @@ HF: dict[str, Callable[[], Built]] = {
     "llama": _hf(*("llama", "AutoModelForCausalLM"), intermediate_size=48, num_key_value_heads=2),
     "mixtral": _mixtral,
     "t5": _hf("t5", "AutoModelForSeq2SeqLM", d_model=32, d_kv=8, d_ff=48, num_layers=2),
+    "albert": _hf("albert", "AutoModelForMaskedLM", intermediate_size=48, embedding_size=16),
     "vit": _hf(
         *("vit", "AutoModelForImageClassification"),
         intermediate_size=48,
@@ -228,6 +231,22 @@ def test_timm_models_stay_exact(name: str, erasure: Any) -> None:
     assert result.gradient <= 1e-11
     assert type(result.erased) is type(result.model)
     _counts_are_as_predicted(result)
+
+
+def test_a_llama_stays_a_llama() -> None:
+    """Its own RMS norm keeps the old divisor; only the value dimension needs another class."""
+    model, args, kwargs = HF["llama"]()
+    model.eval()
+    plan = gtrans.prune(model, *args, same_class=True, **kwargs)
+    assert any("v_proj" in name for f in plan.frozen for name in f.members)
+    chosen = plan.select(sparsity=0.5, scope="local")
+    plan.zero(chosen)
+    slim = plan.erase(chosen, form="module")
+    assert type(slim) is type(model)
+    assert slim.get_parameter("model.embed_tokens.weight").shape == (50, 16)
+    torch.testing.assert_close(slim(**kwargs).logits, model(**kwargs).logits, rtol=1e-5, atol=1e-6)
+    longer = torch.randint(3, 50, (3, 11))
+    torch.testing.assert_close(slim(longer).logits, model(longer).logits, rtol=1e-5, atol=1e-6)
 
 
 def test_training_mode_with_batch_statistics(erasure: Any) -> None:
