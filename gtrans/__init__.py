@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from gtrans.core import Knob, Pass, SitePass, Stats
     from gtrans.ir import ForwardGraph, JointGraph
+    from gtrans.passes.structure.prune import PrunePlan, prune
     from gtrans.pipeline import Pipeline
     from gtrans.verification import verify
 
@@ -41,6 +42,7 @@ _HOMES = {
     ),
     "gtrans.core": ("Knob", "Pass", "SitePass", "Stats"),
     "gtrans.ir": ("ForwardGraph", "JointGraph"),
+    "gtrans.passes.structure.prune": ("PrunePlan", "prune"),
     "gtrans.pipeline": ("Pipeline",),
     "gtrans.verification": ("verify",),
 }
@@ -59,11 +61,13 @@ __all__ = [
     "Local",
     "Pass",
     "Pipeline",
+    "PrunePlan",
     "SitePass",
     "Stats",
     "Unbiased",
     "explain",
     "optimize",
+    "prune",
     "report",
     "restore",
     "verify",

@@ -1,0 +1,386 @@
+"""The plan of a pruning: what can be erased, choosing, sparsifying in training, erasing.
+
+Made by `gtrans.prune`; see there.
+"""
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gtrans.analysis.erasable import ErasableClass, Frozen, Structure
+from gtrans.analysis.erase_choice import Selection, Target, as_masks, choose, kept
+from gtrans.analysis.unit_scores import METHODS, score
+from gtrans.errors import ModelError, OptionError, PlanError, did_you_mean
+from gtrans.ir.sizes import human
+from gtrans.rewrite.erase_graph import GraphErasure, cut
+from gtrans.rewrite.erase_modules import ModuleErasure
+from gtrans.rewrite.erase_optimizer import cut_optimizer
+from gtrans.rewrite.fit_attributes import Inexpressible
+from gtrans.runtime.sparsifier import Schedule, Sparsifier
+
+log = logging.getLogger("gtrans")
+
+Form = Literal["auto", "module", "graph"]
+Norm = Literal["keep", "restart"]
+
+
+@dataclass
+class PrunePlan:
+    """What of a model can be erased, and the means to do it. Printing it gives a table.
+
+    Attributes:
+        model: the model it was made for; nothing but `zero` and a sparsifier changes it.
+        structure: its analysis.
+        args: positional inputs that it was captured with.
+        kwargs: keyword inputs.
+    """
+
+    model: nn.Module
+    structure: Structure
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def classes(self) -> list[ErasableClass]:
+        """All erasable classes."""
+        return self.structure.classes
+
+    @property
+    def exact(self) -> list[ErasableClass]:
+        """The classes whose zeros can go without a trace."""
+        return [c for c in self.classes if c.exact]
+
+    @property
+    def frozen(self) -> list[Frozen]:
+        """What cannot be erased, and why."""
+        return self.structure.frozen
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return self.structure.parameters({})
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one forward on the captured inputs (products only)."""
+        return self.structure.flops({})
+
+    def left(self, selection: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """Parameters, their bytes and the operations that a selection would leave."""
+        counts = kept(self.classes, self._checked(selection))
+        return {
+            "parameters": self.structure.parameters(counts),
+            "bytes": self.structure.parameter_bytes(counts),
+            "flops": self.structure.flops(counts),
+        }
+
+    # ------------------------------------------------------------------ choosing
+
+    def select(
+        self,
+        *,
+        sparsity: float | None = None,
+        params: float | None = None,
+        flops: float | None = None,
+        method: str = "magnitude",
+        scope: Literal["global", "local", "isomorphic"] = "global",
+        multiple_of: int = 1,
+        contract: Literal["exact", "approximate"] = "exact",
+        seed: int = 0,
+    ) -> Selection:
+        """The indices to erase for a target, by their scores on the model as it is.
+
+        Args:
+            sparsity: share of all indices to erase.
+            params: share of the parameters that may be left.
+            flops: share of the operations that may be left.
+            method: how indices are scored: see `gtrans.analysis.unit_scores`.
+            scope: "global" compares all indices; "local" takes the same share of every class, so
+                that equal layers stay equal; "isomorphic" compares equal classes only.
+            multiple_of: sizes that are left are multiples of this.
+            contract: which classes may be touched.
+            seed: of the method "random".
+
+        Raises:
+            OptionError: not one target, or an unknown method.
+            PlanError: nothing can be erased, or the target cannot be reached.
+            ModelError: the method needs gradients and there are none.
+        """
+        if method not in METHODS:
+            raise OptionError(f"unknown method {method!r}{did_you_mean(method, METHODS)}")
+        classes = self._admitted(contract)
+        scores = score(classes, self._tensors(self.model), method, seed)
+        if method == "isomorphic":
+            scope = "isomorphic"
+        target = Target(sparsity, params, flops)
+        return choose(self.structure, classes, scores, target, multiple_of=multiple_of, scope=scope)
+
+    def zeros(self, model: nn.Module | None = None) -> Selection:
+        """The indices of exact classes whose producer slices are zero now."""
+        tensors = self._tensors(model or self.model)
+        return {c.name: _zero_indices(c, tensors) for c in self.exact}
+
+    def zero(self, selection: Mapping[str, torch.Tensor]) -> None:
+        """Sets the producer slices of a selection to zero, in the model itself."""
+        tensors = self._tensors(self.model)
+        chosen = self._checked(selection)
+        with torch.no_grad():
+            for c in self.classes:
+                for m in c.producers if c.name in chosen else ():
+                    hit = (m.labels >= 0) & chosen[c.name][m.labels.clamp(min=0)]
+                    where = hit.nonzero().flatten().to(tensors[m.name].device)
+                    tensors[m.name].index_fill_(m.dim, where, 0)
+
+    def sparsifier(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        sparsity: float | None = None,
+        params: float | None = None,
+        flops: float | None = None,
+        method: str = "hesso",
+        start: int = 0,
+        steps: int = 1000,
+        periods: int = 10,
+        multiple_of: int = 1,
+        contract: Literal["exact", "approximate"] = "exact",
+        pull: float = 1e-3,
+        half_space: float = 0.0,
+    ) -> Sparsifier:
+        """Zeroes slices while the model trains; it follows the optimizer's steps by itself.
+
+        Args:
+            optimizer: any torch optimizer that holds the model's parameters.
+            sparsity: share of all indices to zero.
+            params: share of the parameters that may be left.
+            flops: share of the operations that may be left.
+            method: "hesso" (the default), "dhspg", or a scoring method with the same schedule.
+            start: optimizer steps before anything happens; a tenth of training is a good value.
+            steps: optimizer steps until the target is reached.
+            periods: rounds of choosing and decaying.
+            multiple_of: sizes that are left are multiples of this.
+            contract: which classes may be touched.
+            pull: λ of DHSPG.
+            half_space: ε of DHSPG.
+
+        Raises:
+            OptionError: an option is out of range.
+            PlanError: nothing can be erased, or the target cannot be reached.
+            ModelError: the optimizer holds the parameters of another model.
+        """
+        return Sparsifier(
+            self.structure,
+            self._admitted(contract),
+            self._tensors(self.model),
+            optimizer,
+            Target(sparsity, params, flops),
+            method,
+            Schedule(start, steps, periods),
+            multiple_of,
+            pull,
+            half_space,
+        )
+
+    # ------------------------------------------------------------------ erasing
+
+    def erase(
+        self,
+        selection: Mapping[str, torch.Tensor] | None = None,
+        *,
+        form: Form = "auto",
+        norm: Norm = "keep",
+        model: nn.Module | None = None,
+    ) -> nn.Module:
+        """A smaller model; the original stays as it is.
+
+        Args:
+            selection: what to erase; by default what is zero (see `zeros`).
+            form: "module" gives a model of the same class, "graph" a `GraphModule` for the
+                captured input shapes; "auto" the former where the class can express it.
+            norm: "keep" lets norms and means over erased axes divide by the old size, which is
+                exact; "restart" lets them start anew with stock modules.
+            model: another model with the same parameters, such as a loaded checkpoint.
+
+        Raises:
+            ModelError: the model is not the one the plan was made for, or has been erased.
+            PlanError: form="module" and the model's class cannot express the result.
+        """
+        target = self.model if model is None else model
+        structure = self._for(target)
+        chosen = self._checked(self.zeros(target) if selection is None else selection)
+        if not any(bool(gone.any()) for gone in chosen.values()):
+            return copy.deepcopy(target)
+        graph = GraphErasure(structure, as_masks(self.classes, chosen), norm == "keep")
+        module = graph.build(type(target).__name__)
+        if form == "graph":
+            return module
+        try:
+            return ModuleErasure(graph, module).build(target, self.args, self.kwargs)
+        except Inexpressible as error:
+            if form == "module":
+                raise PlanError(
+                    f"{type(target).__name__} cannot express this erasure: {error}; take "
+                    "form='graph', or leave out the classes concerned "
+                    "(gtrans.prune(..., same_class=True) finds them)"
+                ) from error
+            log.warning(
+                "%s cannot express this erasure (%s), so it becomes a GraphModule",
+                type(target).__name__,
+                error,
+            )
+            return module
+
+    def erase_optimizer(
+        self,
+        optimizer: torch.optim.Optimizer,
+        erased: nn.Module,
+        selection: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.optim.Optimizer:
+        """An optimizer for the erased model with the old one's options and state, cut alike.
+
+        Raises:
+            ModelError: the optimizer or the erased model does not belong to this plan.
+        """
+        chosen = self._checked(self.zeros() if selection is None else selection)
+        masks = self.structure.masks(as_masks(self.classes, chosen))
+        return cut_optimizer(optimizer, self._tensors(self.model), erased, masks)
+
+    def cut(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        selection: Mapping[str, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Cuts tensors that belong to parameters by name: an EMA, a state_dict, master weights."""
+        chosen = self._checked(self.zeros() if selection is None else selection)
+        masks = self.structure.masks(as_masks(self.classes, chosen))
+        return {name: cut(t, masks[name]) if name in masks else t for name, t in tensors.items()}
+
+    # ------------------------------------------------------------------ showing
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for `--json`."""
+        return {
+            "parameters": self.parameters,
+            "flops": self.flops,
+            "classes": [
+                {
+                    "name": c.name,
+                    "size": c.size,
+                    "contract": "exact" if c.exact else "approximate",
+                    "reason": c.reason,
+                    "parameters_per_index": c.parameters,
+                    "flops_per_index": self._flops_per_index(c),
+                    "members": [
+                        {"name": m.name, "dim": m.dim, "producer": m.producer} for m in c.members
+                    ],
+                }
+                for c in self.classes
+            ],
+            "frozen": [
+                {"reason": f.reason, "size": f.size, "members": list(f.members)}
+                for f in self.frozen
+            ],
+        }
+
+    def __str__(self) -> str:
+        rows = [f"  {'class':44} {'size':>6} {'params/index':>13} {'FLOP/index':>11}  contract"]
+        for c in self.classes:
+            contract = "exact" if c.exact else f"approximate: {c.reason}"
+            rows.append(
+                f"  {c.name:44} {c.size:6} {c.parameters:13,} "
+                f"{self._flops_per_index(c):11,}  {contract}"
+            )
+        smallest = {c.atom: 1 for c in self.exact}
+        least = self.structure.parameters(smallest) / max(1, self.parameters)
+        size = human(self.structure.parameter_bytes({}))
+        return "\n".join(
+            [
+                f"{type(self.model).__name__}: {self.parameters:,} parameters ({size}), "
+                f"{self.flops:,} FLOP a forward",
+                f"erasable   {len(self.exact)} exact and {len(self.classes) - len(self.exact)} "
+                f"approximate classes with {sum(c.size for c in self.classes):,} indices; exact "
+                f"ones alone can go down to {least:.1%} of the parameters",
+                *rows,
+                *(["frozen"] if self.frozen else []),
+                *(_frozen_row(f) for f in self.frozen),
+            ]
+        )
+
+    # ------------------------------------------------------------------ private
+
+    def _flops_per_index(self, c: ErasableClass) -> int:
+        return self.flops - self.structure.flops({c.atom: c.size - 1})
+
+    def _admitted(self, contract: str) -> list[ErasableClass]:
+        if contract not in ("exact", "approximate"):
+            raise OptionError(f"contract must be 'exact' or 'approximate', got {contract!r}")
+        admitted = self.exact if contract == "exact" else self.classes
+        if not admitted:
+            reasons = "\n".join(map(_frozen_row, self.frozen)) or "  it has no parameters"
+            hint = "; contract='approximate' admits others" if self.classes else ""
+            raise PlanError(
+                f"nothing of {type(self.model).__name__} can be erased{hint}:\n{reasons}"
+            )
+        return admitted
+
+    def _tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        self._require_same(model)
+        return dict(model.named_parameters(remove_duplicate=False))
+
+    def _require_same(self, model: nn.Module) -> None:
+        found = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+        for name, node in self.structure.program.parameters().items():
+            shape = tuple(axis.size for axis in self.structure.analysis.axes(node))
+            if found.get(name) != shape:
+                has = f"{found[name]} for" if name in found else "no"
+                raise ModelError(
+                    f"this plan is not for this {type(model).__name__}: it has {has} {name!r}, the "
+                    f"plan {shape}. Either it is another model or it has been erased already; "
+                    "make a new plan with gtrans.prune(model, ...)"
+                )
+
+    def _for(self, model: nn.Module) -> Structure:
+        """The structure with the tensors that a model has now."""
+        self._require_same(model)
+        program = self.structure.program
+        state: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        state.update(model.named_buffers(remove_duplicate=False))
+        tensors = {n: state.get(program.leaves[n].name, t) for n, t in program.tensors.items()}
+        analysis = replace(self.structure.analysis, program=replace(program, tensors=tensors))
+        return replace(self.structure, analysis=analysis)
+
+    def _checked(self, selection: Mapping[str, torch.Tensor]) -> Selection:
+        known = {c.name: c for c in self.classes}
+        for name, gone in selection.items():
+            if name not in known:
+                raise OptionError(f"the plan has no class {name!r}{did_you_mean(name, known)}")
+            if gone.dtype is not torch.bool or tuple(gone.shape) != (known[name].size,):
+                raise OptionError(
+                    f"the selection of {name!r} must be {known[name].size} booleans, got "
+                    f"{tuple(gone.shape)} of {gone.dtype}"
+                )
+            if bool(gone.all()):
+                raise OptionError(f"the selection of {name!r} erases every index; one must stay")
+        return dict(selection)
+
+
+def _zero_indices(c: ErasableClass, tensors: Mapping[str, nn.Parameter]) -> torch.Tensor:
+    alive = torch.zeros(c.size, dtype=torch.bool)
+    for m in c.producers:
+        x = tensors[m.name].detach()
+        others = [d for d in range(x.ndim) if d != m.dim]
+        used = ((x != 0).any(dim=others) if others else x != 0).cpu()
+        alive[m.labels[used & (m.labels >= 0)]] = True
+    if not bool(alive.any()):
+        alive[0] = True  # an axis cannot vanish altogether
+    return ~alive
+
+
+def _frozen_row(f: Frozen) -> str:
+    more = f" and {len(f.members) - 2} more" if len(f.members) > 2 else ""
+    return f"  {', '.join(f.members[:2])}{more} ({f.size}): {f.reason}"

@@ -1,0 +1,1 @@
+"""Knob P: which parameters and operators exist."""
