@@ -21,6 +21,8 @@ STEPS = (
 class Network(nn.Module):
     """A random chain with skips over values [2, channels, 3, 3]; channels are multiples of 4."""
 
+    pattern: torch.Tensor
+
     def __init__(self, plan: list[tuple[str, int, int]]) -> None:
         super().__init__()
         self.plan = plan
