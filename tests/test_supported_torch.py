@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch._functorch.partitioners import _extract_fwd_bwd_modules
 
 import gtrans
 from gtrans import capture
@@ -85,7 +86,7 @@ def test_buffers_are_known_by_their_source_and_inputs_may_have_none() -> None:
 
 
 def test_the_split_passes_what_every_version_takes() -> None:
-    parameters = inspect.signature(capture._extract_fwd_bwd_modules).parameters
+    parameters = inspect.signature(_extract_fwd_bwd_modules).parameters
     assert list(parameters)[:3] == ["joint_module", "saved_values", "saved_sym_nodes"]
     needed = {n for n, p in parameters.items() if p.default is p.empty}
     assert needed == {"joint_module", "saved_values", "saved_sym_nodes", "num_fwd_outputs"}
