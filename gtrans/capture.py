@@ -352,17 +352,17 @@ def _inputs_of(module: fx.GraphModule) -> list[Input]:
     for node in module.graph.find_nodes(op="placeholder"):
         value = node.meta.get("example_value")
         argument = node.meta.get("grapharg")
-        path = str(node.target)
+        path, source = str(node.target), ""
         if argument is not None and argument.source is not None:
-            name = argument.source.name
-            path = readable_path(name() if callable(name) else name)
+            source = argument.source.name
+            path = readable_path(source)
         if isinstance(value, nn.Parameter) or node.meta.get("tensor_dict", {}).get(
             "_is_param", False
         ):
             found.append(Input(path, "parameter"))
         elif not isinstance(value, torch.Tensor):
             found.append(Input(path, "symbol"))
-        elif argument is not None and "_buffers" in str(argument.source.name):
+        elif "_buffers" in source:
             found.append(Input(path, "buffer"))
         else:
             found.append(Input(path, "input"))

@@ -107,7 +107,7 @@ def run(width: int, arrange: Callable[[Model], tuple[nn.Module, list[nn.Module]]
             with torch.no_grad():
                 for p in m.parameters():
                     assert p.grad is not None
-                    p -= 0.1 * p.grad
+                    p.sub_(0.1 * p.grad)
     outcome.graphs = [
         sorted(graph.original.parameters)
         for part in parts
