@@ -11,4 +11,5 @@ PASSES: dict[str, str] = {
     "bit-masks": "gtrans.passes.residual.bit_masks:BitMasks",
     "hoist-recurrent-wgrad": "gtrans.passes.rule.hoist_recurrent_wgrad:HoistRecurrentWgrad",
     "highway-bp": "gtrans.passes.wire.highway_bp:HighwayBP",
+    "narrow-integers": "gtrans.passes.residual.narrow_integers:NarrowIntegers",
 }
