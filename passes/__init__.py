@@ -12,4 +12,6 @@ PASSES: dict[str, str] = {
     "hoist-recurrent-wgrad": "gtrans.passes.rule.hoist_recurrent_wgrad:HoistRecurrentWgrad",
     "highway-bp": "gtrans.passes.wire.highway_bp:HighwayBP",
     "narrow-integers": "gtrans.passes.residual.narrow_integers:NarrowIntegers",
+    "guided-relu": "gtrans.passes.rule.guided_relu:GuidedReLU",
+    "straight-through": "gtrans.passes.rule.straight_through:StraightThrough",
 }
