@@ -80,7 +80,7 @@ class NarrowIntegers(SitePass[JointGraph]):
         graph.offer(site, partial(_convert, dtype=site.meta["val"].dtype), copy)
 
 
-def _convert(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _convert(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return x.to(dtype)
 
 

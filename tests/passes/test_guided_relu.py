@@ -1,6 +1,7 @@
 """guided-relu: only positive cotangents pass a ReLU."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,14 +33,14 @@ def test_the_cotangent_is_rectified() -> None:
     assert (step.stats.matched, step.stats.rewritten) == (1, 1)
 
 
+def _guide(module: nn.Module, into: Any, out: Any) -> Any:
+    return (into[0] * (out[0] > 0),)
+
+
 def by_hand(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     """Guided backpropagation to the input with hooks, one Linear and ReLU after another."""
     x = x.clone().requires_grad_()
-    handles = [
-        m.register_full_backward_hook(lambda m, into, out: (into[0] * (out[0] > 0),))
-        for m in model
-        if isinstance(m, nn.ReLU)
-    ]
+    handles = [m.register_full_backward_hook(_guide) for m in model if isinstance(m, nn.ReLU)]
     model(x).sum().backward()
     for handle in handles:
         handle.remove()

@@ -133,7 +133,8 @@ class Looked(nn.Module):
         self.table = nn.Embedding(5, 3)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.table(tokens)
+        rows: torch.Tensor = self.table(tokens)
+        return rows
 
 
 def test_inputs_stay_as_they_are() -> None:
