@@ -14,4 +14,6 @@ PASSES: dict[str, str] = {
     "narrow-integers": "gtrans.passes.residual.narrow_integers:NarrowIntegers",
     "guided-relu": "gtrans.passes.rule.guided_relu:GuidedReLU",
     "straight-through": "gtrans.passes.rule.straight_through:StraightThrough",
+    "chunked-loss": "gtrans.passes.operator.chunked_loss:ChunkedLoss",
+    "late-recompute": "gtrans.passes.schedule.late_recompute:LateRecompute",
 }
