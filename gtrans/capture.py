@@ -82,7 +82,7 @@ class Compiler:
     """A Dynamo backend that runs a pipeline over every captured graph and lowers the result.
 
     Args:
-        pipeline: the passes to run. A `plan` is added at the end if it has none.
+        pipeline: the passes to run. A `plan` is added if it has none, before schedule passes.
         backend: name of the lowering, or a lowering.
         skip_failures: train on without a pass that fails, after a warning.
         gate: which rewrites to perform (for bisection); all by default.
@@ -103,8 +103,13 @@ class Compiler:
     def __post_init__(self) -> None:
         require_supported_torch()
         if not any(isinstance(p, Plan) for p in self.pipeline.passes):
+<<<<<<< HEAD
             self.pipeline = Pipeline((*self.pipeline.passes, Plan()))
         self._lowering = usable_backend(self.backend, self.mode, self.options)
+=======
+            self.pipeline = self.pipeline.planned(Plan())
+        self._lowering = usable_backend(self.backend)
+>>>>>>> e03ec92 (late-recompute: backward work runs right before its first reader; nodes can move without losing the cut)
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         """Called by Dynamo with one captured forward graph and its inputs."""

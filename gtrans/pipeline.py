@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Any
 
 from gtrans.contract import Contract, compose_all, level
-from gtrans.core import Pass, SitePass, Stats
+from gtrans.core import Knob, Pass, SitePass, Stats
 from gtrans.errors import ContractError, GTransError, OptionError, PassError, did_you_mean
 from gtrans.ir.check import check_forward, check_joint
 from gtrans.ir.forward import ForwardGraph
@@ -134,6 +134,14 @@ class Pipeline:
     def on(self, kind: type[Graph]) -> "Pipeline":
         """The passes that work on this kind of graph."""
         return Pipeline(tuple(p for p in self.passes if p.works_on is kind))
+
+    def planned(self, plan: Pass[Any]) -> "Pipeline":
+        """With a plan at the end, or before the schedule passes that the pipeline ends with."""
+        passes = list(self.passes)
+        end = len(passes)
+        while end and passes[end - 1].knob is Knob.SCHEDULE:
+            end -= 1
+        return Pipeline((*passes[:end], plan, *passes[end:]))
 
     def marked(self, graph: ForwardGraph) -> ForwardGraph:
         """The forward graph with the taps of all joint passes; itself if none asks for any."""

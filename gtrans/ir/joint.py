@@ -318,6 +318,21 @@ class JointGraph:
             user.replace_input_with(old, new)
             self._retag(user)
 
+    def move_before(self, node: fx.Node, anchor: fx.Node) -> None:
+        """Lets a node run right before another one. What the plan keeps stays as it is.
+
+        Raises:
+            GraphError: the node would run before an input of it, or after a reader.
+        """
+        behind = [n for n in node.all_input_nodes if not n < anchor]
+        before = [n for n in node.users if n < anchor]
+        if node is anchor or behind or before:
+            raise GraphError(
+                f"cannot move {node.name} ({location(node)}) before {anchor.name}: it needs or is "
+                f"needed by {names([*behind, *before]) or 'itself'} on the way"
+            )
+        anchor.prepend(node)
+
     def erase(self, node: fx.Node) -> None:
         """Erases a node that nobody uses, and the offers that involve it."""
         self.graph.erase_node(node)

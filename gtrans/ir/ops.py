@@ -3,6 +3,7 @@
 A list is kept by hand only where torch has no property to ask for; each such list says so.
 """
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +62,33 @@ CONTRACTIONS = frozenset(
         aten._scaled_dot_product_cudnn_attention_backward.default,
     }
 )
+
+# Which part of their result holds positions, and how many trailing dimensions of the first argument
+# those count over; None: along the dimension given by the argument `dim` (all of them if it is
+# None). No property of torch says either.
+_POSITIONS: dict[Any, tuple[int | None, int | None]] = {
+    aten.argmax.default: (None, None),
+    aten.argmin.default: (None, None),
+    aten.argsort.default: (None, None),
+    aten.argsort.stable: (None, None),
+    aten.sort.default: (1, None),
+    aten.sort.stable: (1, None),
+    aten.topk.default: (1, None),
+    aten.max.dim: (1, None),
+    aten.min.dim: (1, None),
+    aten.median.dim: (1, None),
+    aten.nanmedian.dim: (1, None),
+    aten.mode.default: (1, None),
+    aten.kthvalue.default: (1, None),
+    aten.cummax.default: (1, None),
+    aten.cummin.default: (1, None),
+    aten.max_pool2d_with_indices.default: (1, 2),
+    aten.max_pool3d_with_indices.default: (1, 3),
+    aten.adaptive_max_pool2d.default: (1, 2),
+    aten.adaptive_max_pool3d.default: (1, 3),
+    aten.fractional_max_pool2d.default: (1, 2),
+    aten.fractional_max_pool3d.default: (1, 3),
+}
 
 Target = Callable[..., Any] | str
 
@@ -129,6 +157,35 @@ def is_fill(node: fx.Node) -> bool:
     """Whether the node makes a tensor out of sizes and numbers only (``full``, ``arange``)."""
     op = overload(node)
     return op is not None and not is_random(node) and not tensor_inputs(node)
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """An argument of an operator by its name in the schema, with its default.
+
+    Raises:
+        KeyError: the operator has no argument of this name.
+    """
+    op = overload(node)
+    for position, declared in enumerate(op._schema.arguments if op is not None else ()):
+        if declared.name == name:
+            given = node.args[position] if position < len(node.args) else node.kwargs.get(name)
+            return declared.default_value if given is None else given
+    raise KeyError(f"{node.target} has no argument {name!r}")
+
+
+def index_bound(node: fx.Node) -> int | torch.SymInt | None:
+    """A size that every element of an index value lies below, if its operator states one."""
+    made_by, part = (node.args[0], node.args[1]) if is_getitem(node) else (node, None)
+    assert isinstance(made_by, fx.Node)
+    expected, trailing = _POSITIONS.get(made_by.target, (-1, None))
+    if expected != part:
+        return None
+    shape: torch.Size = made_by.all_input_nodes[0].meta["val"].shape
+    dim = argument(made_by, "dim") if trailing is None else None
+    if trailing is None and dim is not None:
+        return shape[dim] if len(shape) else 1
+    # `math.prod` keeps symbolic sizes symbolic.
+    return math.prod(shape if trailing is None else shape[-trailing:])
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:

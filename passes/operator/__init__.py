@@ -1,0 +1,1 @@
+"""Passes that replace an operator before autograd sees it (knob F)."""

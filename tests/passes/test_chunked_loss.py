@@ -1,0 +1,269 @@
+"""chunked-loss: the same loss and gradients, with a few logits at a time."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gtrans
+import gtrans.testing as kit
+from gtrans.analysis.measure import measured_peak
+from gtrans.capture import Compiler, compiled_call
+from gtrans.contract import Exact
+from gtrans.core import Stats
+from gtrans.errors import OptionError
+from gtrans.ir.forward import ForwardGraph
+from gtrans.ir.printer import to_code
+from gtrans.passes.operator.chunked_loss import ChunkedLoss
+from gtrans.pipeline import Graph, Pipeline, Step
+
+Loss = Callable[["Tokens", torch.Tensor, torch.Tensor], Any]
+
+V, D = 13, 4
+
+
+class Tokens(nn.Module):
+    """An embedding, a layer, and a loss over the vocabulary."""
+
+    def __init__(self, loss: Loss, tied: bool = True, bias: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(V, D)
+        self.layer = nn.Linear(D, D)
+        self.head = nn.Linear(D, V, bias=bias)
+        if tied:
+            self.head.weight = self.embedding.weight
+        self.loss = loss
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> Any:
+        return self.loss(self, torch.tanh(self.layer(self.embedding(tokens))), labels)
+
+
+def plain(m: Tokens, h: torch.Tensor, y: torch.Tensor, **options: Any) -> torch.Tensor:
+    return F.cross_entropy(m.head(h).float().view(-1, V), y.view(-1), **options)
+
+
+def tokens(batch: int = 3, length: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randint(V, (batch, length)), torch.randint(V, (batch, length))
+
+
+def captured(loss: Loss, min_numel: int = 1) -> tuple[str, str, Stats]:
+    seen: list[tuple[str, str, Stats]] = []
+
+    def observe(step: Step, before: Graph, after: Graph) -> None:
+        if isinstance(after, ForwardGraph):
+            texts = [to_code(g.graph, lines=False) for g in (before, after)]
+            seen.append((texts[0], texts[1], step.stats))
+
+    pipeline = Pipeline((ChunkedLoss(chunks=2, min_numel=min_numel),))
+    compiler = Compiler(pipeline, "eager", skip_failures=False, observers=(observe,))
+    compiled_call(Tokens(loss), compiler)(*tokens())
+    return seen[0]
+
+
+def test_the_loss_takes_the_place_of_product_and_loss() -> None:
+    before, after, stats = captured(plain)
+    assert "linear(" in before
+    lines = [line.strip() for line in after.splitlines() if "chunked_cross_entropy(" in line]
+    (line,) = lines
+    assert line.endswith("# f32[]  <- chunked-loss")
+    assert ", None, view_1, 2, torch.float32, -100, True, 0.0)" in line
+    assert "= cross_entropy(" not in after
+    assert "float" not in after.replace("torch.float32", "")
+    assert (stats.matched, stats.rewritten) == (1, 1)
+
+
+def both(
+    loss: Loss,
+    inputs: tuple[torch.Tensor, ...],
+    prepare: Callable[[Tokens], Any] | None = None,
+    **options: Any,
+) -> kit.Record:
+    """Checks outputs and gradients against autograd; returns the rewritten step."""
+    torch.manual_seed(0)
+    model = Tokens(loss, **options)
+    if prepare is not None:
+        prepare(model)
+    expected = kit.Runner(model, inputs).step()
+    runner = kit.Runner(model, inputs, Pipeline((ChunkedLoss(chunks=4, min_numel=1),)))
+    found = runner.step()
+    assert runner.rewritten >= 1
+    assert runner.contract == Exact(bitwise=False)
+    for name, value in {**expected.outputs, **expected.gradients}.items():
+        other = {**found.outputs, **found.gradients}[name]
+        torch.testing.assert_close(other, value, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+    return found
+
+
+def all_but(ignored: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = tokens()
+    y.view(-1)[:ignored] = -100
+    return x, y
+
+
+LOSSES: dict[str, Loss] = {
+    "mean": plain,
+    "sum": lambda m, h, y: plain(m, h, y, reduction="sum"),
+    "smoothed": lambda m, h, y: plain(m, h, y, label_smoothing=0.2),
+    "smoothed sum": lambda m, h, y: plain(m, h, y, label_smoothing=0.2, reduction="sum"),
+    "other ignored class": lambda m, h, y: plain(m, h, y, ignore_index=3),
+    "matmul and t": lambda m, h, y: F.cross_entropy(
+        (h @ m.embedding.weight.t()).flatten(0, 1), y.flatten()
+    ),
+    "matmul and T": lambda m, h, y: F.cross_entropy(
+        torch.matmul(h, m.embedding.weight.T).reshape(-1, V), y.flatten()
+    ),
+    "matmul and transpose": lambda m, h, y: F.cross_entropy(
+        (h.flatten(0, 1) @ m.embedding.weight.transpose(0, 1)), y.flatten()
+    ),
+    "module": lambda m, h, y: 3 * nn.CrossEntropyLoss()(m.head(h).view(-1, V), y.view(-1)),
+    "squared": lambda m, h, y: plain(m, h, y).square(),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_those_of_autograd(name: str) -> None:
+    both(LOSSES[name], tokens())
+
+
+@pytest.mark.parametrize("name", ["mean", "sum", "smoothed"])
+@pytest.mark.parametrize("ignored", [4, 15], ids=["one chunk", "all"])
+def test_ignored_tokens_do_not_count(name: str, ignored: int) -> None:
+    found = both(LOSSES[name], all_but(ignored))
+    loss = found.outputs["output 0"]
+    assert loss is not None
+    assert bool(loss.isnan()) is (ignored == 15 and name != "sum")
+
+
+def test_a_bias_an_untied_head_and_fewer_tokens_than_chunks() -> None:
+    both(plain, tokens(), tied=False, bias=True)
+    both(plain, tokens(1, 3), tied=False, bias=True)
+
+
+@pytest.mark.parametrize("frozen", ["embedding", "layer"])
+def test_frozen_parts_get_no_gradient(frozen: str) -> None:
+    def prepare(model: Tokens) -> None:
+        getattr(model, frozen).requires_grad_(False)
+
+    both(plain, tokens(), prepare)
+
+
+def test_without_gradients_none_are_computed() -> None:
+    model = Tokens(plain)
+    expected = model(*(batch := tokens()))
+    compiler = Compiler(Pipeline((ChunkedLoss(min_numel=1),)), "eager", skip_failures=False)
+    with torch.no_grad():
+        found = compiled_call(model, compiler)(*batch)
+    torch.testing.assert_close(found, expected.detach())
+    assert compiler.captured[0].forward_steps[0].stats.rewritten == 1
+    assert not compiler.captured[0].training
+    assert compiler.captured[0].saved_bytes == 0
+
+
+def test_one_graph_serves_any_number_of_tokens() -> None:
+    torch.manual_seed(0)
+    model = Tokens(plain)
+    compiler = Compiler(Pipeline((ChunkedLoss(4, 1),)), "eager", skip_failures=False)
+    call = compiled_call(model, compiler, dynamic=True)
+    for length in (6, 7, 9, 11):  # two tokens a chunk and more: Dynamo treats sizes 0 and 1 apart
+        batch = tokens(3, length)
+        expected = torch.autograd.grad(model(*batch), list(model.parameters()))
+        found = torch.autograd.grad(call(*batch), list(model.parameters()))
+        torch.testing.assert_close(found, expected)
+    assert sum(c.training for c in compiler.captured) == 1
+
+
+@pytest.mark.parametrize("where", ["autocast", "bfloat16"])
+def test_half_precision_is_as_close_to_float32_as_the_plain_step(where: str) -> None:
+    torch.manual_seed(0)
+    model, batch = Tokens(plain), tokens(4, 16)
+    wide = torch.autograd.grad(model(*batch), list(model.parameters()))
+    if where == "bfloat16":
+        model = model.to(torch.bfloat16)
+    compiler = Compiler(Pipeline((ChunkedLoss(min_numel=1),)), "eager", skip_failures=False)
+    call = compiled_call(model, compiler)
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "autocast"):
+        losses = model(*batch), call(*batch)
+    assert losses[0].dtype == losses[1].dtype
+    plain_step, chunked = (torch.autograd.grad(x, list(model.parameters())) for x in losses)
+    for a, b, c in zip(wide, plain_step, chunked, strict=True):
+        assert b.dtype == c.dtype
+        assert (c - a).norm() <= 1.5 * (b - a).norm() + 1e-3 * a.norm()
+    assert compiler.captured[0].forward_steps[0].stats.rewritten == 1
+
+
+class Wide(nn.Module):
+    """A head whose vocabulary is much larger than its width, over many tokens."""
+
+    def __init__(self, vocabulary: int = 4096, width: int = 16) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.head(torch.tanh(self.layer(x))), y)
+
+
+def step(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    model(x, y).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def test_saved_bytes_and_peak_lose_the_logits() -> None:
+    count, vocabulary, width = 512, 4096, 16
+    model = Wide(vocabulary, width)
+    x, y = torch.randn(count, width), torch.randint(vocabulary, (count,))
+    logits = 4 * count * vocabulary
+    figures = []
+    for passes in ("plan", "chunked-loss{chunks=8},plan"):
+        twin = copy.deepcopy(model)
+        saved = kit.Runner(twin, (x, y), Pipeline.parse(passes)).step().saved_bytes
+        gtrans.optimize(twin, passes=passes, backend="eager", on_error="raise")
+        figures.append((saved, measured_peak(lambda m=twin: step(m, x, y)).bytes))
+    (plain_saved, plain_peak), (saved, peak) = figures
+    assert plain_saved >= logits
+    assert saved <= 4 * width * (vocabulary + 4 * count)
+    assert plain_peak >= 2 * logits
+    assert peak <= logits
+
+
+# ------------------------------------------------------------------------------------- reasons
+
+REASONS: dict[str, Loss] = {
+    "no scalar loss": lambda m, h, y: plain(m, h, y, reduction="none"),
+    "has class weights": lambda m, h, y: plain(m, h, y, weight=torch.ones(V)),
+    "its targets are probabilities": lambda m, h, y: F.cross_entropy(
+        m.head(h).view(-1, V), torch.softmax(y.view(-1, 1) * torch.ones(V), -1)
+    ),
+    "its logits are not [tokens, classes]": lambda m, h, y: F.cross_entropy(
+        m.head(h).transpose(1, 2), y
+    ),
+    "its logits are read elsewhere too": lambda m, h, y: (
+        F.cross_entropy((z := m.head(h)).view(-1, V), y.view(-1)),
+        z,
+    ),
+    "a reshape mixes classes and tokens": lambda m, h, y: F.cross_entropy(
+        m.head(h).view(-1, 1), y.view(-1).repeat(V) * 0
+    ),
+    "its logits come from tanh": lambda m, h, y: F.cross_entropy(
+        torch.tanh(m.head(h)).view(-1, V), y.view(-1)
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_each_reason_to_leave_a_loss_alone(reason: str) -> None:
+    assert captured(REASONS[reason])[2].skipped == {reason: 1}
+
+
+def test_small_losses_are_left_alone() -> None:
+    assert captured(plain, min_numel=196)[2].skipped == {"fewer logits than min_numel": 1}
+
+
+@pytest.mark.parametrize("option", ["chunks", "min_numel"])
+def test_options_must_be_positive(option: str) -> None:
+    with pytest.raises(OptionError, match=f"chunked-loss: {option} must be at least 1, got 0"):
+        Pipeline.parse(f"chunked-loss{{{option}=0}}")
