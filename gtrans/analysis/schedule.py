@@ -7,7 +7,7 @@ same node, so that plans can be compared without writing each of them into a gra
     ^ constants             ^ boundary
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from torch import fx
@@ -68,8 +68,10 @@ def schedule_of(joint: JointGraph) -> Schedule:
     if joint.cut is None:
         raise PlanError("the graph has no plan yet; run the 'plan' pass on it first")
     cut = frozenset(joint.cut)
-    needed = _ancestors([g for g in joint.gradients if g is not None], cut)
-    builder = Builder(joint)
+    index = Index(joint)
+    needed: set[fx.Node] = set()
+    index.add_ancestors([g for g in joint.gradients if g is not None], needed, cut)
+    builder = Builder(index)
     builder.add_forward(joint.cut)
     made: dict[fx.Node, int] = {}
     for node in joint.graph.nodes:
@@ -87,11 +89,54 @@ def schedule_of(joint: JointGraph) -> Schedule:
     return builder.finish([g for g in gradients if g is not None])
 
 
-class Builder:
-    """Puts a schedule together: `add_forward`, then `append` each backward task, then `finish`."""
+class Index:
+    """What all schedules of one graph have in common, found once.
+
+    Attributes:
+        joint: the graph.
+        inputs: the tensor inputs of every node.
+        forward: the forward nodes that hold tensors, in order.
+        always: those that every forward half runs.
+        outputs: those that the forward returns.
+        tangents: the placeholders of the backward half.
+    """
 
     def __init__(self, joint: JointGraph) -> None:
         self.joint = joint
+        self.inputs = {n: tuple(ops.tensor_inputs(n)) for n in joint.graph.nodes}
+        self.forward = [
+            n for n in joint.graph.nodes if joint.is_forward(n) and not ops.is_symbol(n)
+        ]
+        self.outputs = [o for o in joint.forward_outputs if isinstance(o, fx.Node)]
+        self.tangents = [n for n in joint.tangents if not ops.is_symbol(n)]
+        effects = [n for n in self.forward if ops.mutates(n)]
+        self.always: set[fx.Node] = set(joint.primals)
+        self.add_ancestors([*self.outputs, *effects], self.always)
+
+    def add_ancestors(
+        self, roots: Iterable[fx.Node], found: set[fx.Node], stop: Container[fx.Node] = ()
+    ) -> None:
+        """Adds the nodes that the roots are computed from, themselves included.
+
+        Args:
+            roots: where to start.
+            found: the set to extend; what is in it is taken to be complete.
+            stop: nodes whose own inputs are not wanted.
+        """
+        pending = list(roots)
+        while pending:
+            node = pending.pop()
+            if node not in found:
+                found.add(node)
+                if node not in stop:
+                    pending += self.inputs[node]
+
+
+class Builder:
+    """Puts a schedule together: `add_forward`, then `append` each backward task, then `finish`."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
         self.tasks: list[Task] = []
         self.boundary = 0
         self._at_hand: dict[fx.Node, int] = {}
@@ -100,24 +145,20 @@ class Builder:
 
     def add_forward(self, cut: Iterable[fx.Node]) -> None:
         """Adds placeholders and the forward half that makes outputs and the cut."""
-        joint, made = self.joint, {}
+        index, made = self.index, {}
         self._cut = tuple(cut)
-        outputs = [o for o in joint.forward_outputs if isinstance(o, fx.Node)]
-        effects = [n for n in joint.graph.nodes if ops.mutates(n) and joint.is_forward(n)]
-        needed = _ancestors([*outputs, *self._cut, *effects], frozenset())
-        needed.update(joint.primals)
-        for node in joint.graph.nodes:
-            if node in needed and not ops.is_symbol(node) and joint.is_forward(node):
-                reads = tuple(made[n] for n in ops.tensor_inputs(node))
-                made[node] = self.append(Task(node, reads))
+        needed = set(index.always)
+        index.add_ancestors(self._cut, needed)
+        for node in index.forward:
+            if node in needed:
+                made[node] = self.append(Task(node, tuple([made[n] for n in index.inputs[node]])))
         constants = [n for n in made if n.op in ("placeholder", "get_attr")]
         self._constants = frozenset(made[n] for n in constants)
-        self._outputs = [made[o] for o in outputs if o in made]
+        self._outputs = [made[o] for o in index.outputs if o in made]
         self.boundary = len(self.tasks)
         self._at_hand = {n: made[n] for n in (*self._cut, *constants) if n in made}
-        for node in joint.tangents:
-            if not ops.is_symbol(node):
-                self._at_hand[node] = self.append(Task(node, ()))
+        for node in index.tangents:
+            self._at_hand[node] = self.append(Task(node, ()))
 
     def at_hand(self, node: fx.Node) -> int | None:
         """The task whose value the backward may read without doing anything for it."""
@@ -130,19 +171,7 @@ class Builder:
 
     def finish(self, gradients: Iterable[int]) -> Schedule:
         """The schedule, given the tasks that hold gradients."""
-        tangents = [t for n, t in self._at_hand.items() if n in set(self.joint.tangents)]
+        tangents = [self._at_hand[n] for n in self.index.tangents]
         kept = frozenset((*self._constants, *self._outputs, *tangents, *gradients))
         return Schedule(self.tasks, self.boundary, self._constants, kept, self._cut)
 
-
-def _ancestors(roots: Iterable[fx.Node], stop: frozenset[fx.Node]) -> set[fx.Node]:
-    """The nodes that the roots are computed from, themselves included, not beyond `stop`."""
-    found: set[fx.Node] = set()
-    pending = list(roots)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            if node not in stop:
-                pending += ops.tensor_inputs(node)
-    return found

@@ -16,11 +16,10 @@ wait (`hold`), and how far apart two readers may be for all others (`window`).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import fx
 
-from gtrans.analysis.schedule import Builder, Schedule, Task
+from gtrans.analysis.schedule import Builder, Index, Schedule, Task
 from gtrans.errors import PlanError
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph, Placement, tag
@@ -58,9 +57,15 @@ class Rebuilder:
 
     def __init__(self, joint: JointGraph) -> None:
         self.joint = joint
+        self.index = Index(joint)
         self.backward = [
-            n for n in joint.nodes if joint.is_backward(n) and n.op == "call_function"
+            (n, [(s, joint.is_forward(s)) for s in self.index.inputs[n]])
+            for n in joint.nodes
+            if joint.is_backward(n) and n.op == "call_function"
         ]
+        self._bytes = {n: tensor_bytes(n.meta.get("val")) for n in self.index.forward}
+        self.small = max(self._bytes.values(), default=0) * _SMALL
+        self._rebuilt = {n for n in self.index.forward if tag(n).placement is Placement.REBUILT}
         self._position = {n: i for i, n in enumerate(joint.graph.nodes)}
         self._overwritten = {
             storage_of(n.all_input_nodes[0]) for n in joint.nodes if ops.mutates(n)
@@ -68,11 +73,13 @@ class Rebuilder:
         self._recipes: dict[fx.Node, list[fx.Node]] = {}
         self._must_save: dict[fx.Node, bool] = {}
 
-    @cached_property
-    def largest(self) -> int:
-        """Bytes of the largest forward value."""
-        joint = self.joint
-        return max((tensor_bytes(n.meta.get("val")) for n in joint.nodes if n.op != "output"), default=0)
+    def is_small(self, node: fx.Node) -> bool:
+        """Whether a value may wait in memory whatever the choice says."""
+        return 0 < self._bytes[node] <= self.small
+
+    def may_save(self, node: fx.Node) -> bool:
+        """Whether no pass has ruled that the value be computed again."""
+        return node not in self._rebuilt
 
     def position(self, node: fx.Node) -> int:
         """Where a node stands in the graph."""
@@ -130,12 +137,11 @@ class _Run:
 
     def schedule(self) -> Schedule | None:
         joint = self.owner.joint
-        for position, node in enumerate(self.owner.backward):
-            reads: list[fx.Node | int] = []
-            for source in ops.tensor_inputs(node):
-                reads.append(
-                    self.at(source, position) if joint.is_forward(source) else self._own(source)
-                )
+        for position, (node, sources) in enumerate(self.owner.backward):
+            reads = [
+                self.at(source, position) if is_forward else self._own(source)
+                for source, is_forward in sources
+            ]
             self.made[node] = self._add(node, reads, False)
             if len(self.tasks) > self.limit:
                 return None
@@ -184,8 +190,8 @@ class _Run:
                 return True
             if position - self.read_at[node] <= self.choice.window:
                 return True
-            return 0 < _bytes(node) <= self.owner.largest * _SMALL
-        save = node in self.choice.save and tag(node).placement is not Placement.REBUILT
+            return self.owner.is_small(node)
+        save = node in self.choice.save and self.owner.may_save(node)
         if save or self.owner.must_save(node):
             self.cut.add(node)
             return True
@@ -203,7 +209,7 @@ class _Run:
 
     def _assemble(self, gradients: list[fx.Node | int]) -> Schedule:
         owner = self.owner
-        builder = Builder(owner.joint)
+        builder = Builder(owner.index)
         builder.add_forward(sorted(self.cut, key=owner.position))
         first = len(builder.tasks)
 
@@ -218,9 +224,4 @@ class _Run:
             offered = again and node in owner.joint.offers
             builder.append(Task(node, tuple(number(r) for r in reads), again, offered))
         return builder.finish([number(g) for g in gradients])
-
-
-def _bytes(node: fx.Node) -> int:
-    return tensor_bytes(node.meta.get("val"))
-
 
