@@ -290,6 +290,7 @@ def split(joint: JointGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
         saved_sym_nodes=symbols,
         num_fwd_outputs=joint.signature.num_forward_outputs,
     )
+    _erase_unread_draws(backward)
     return forward, backward
 
 
@@ -306,6 +307,20 @@ def require_supported_torch() -> None:
             f"gtrans needs torch {oldest} or newer, and this is {torch.__version__}: "
             f"pip install 'torch>={oldest}'"
         )
+
+
+def _erase_unread_draws(backward: fx.GraphModule) -> None:
+    """Erases random operators that nothing in the backward reads, and what only they read.
+
+    Torch's split copies every operator that may draw random numbers (attention with dropout is one)
+    into the backward, and takes it for an effect that has to stay, even if all its results are
+    saved.
+    """
+    for node in reversed(backward.graph.nodes):
+        draw = ops.is_random(node) and not ops.mutates(node)
+        if node.op == "call_function" and not node.users and (draw or not ops.is_effect(node)):
+            backward.graph.erase_node(node)
+    backward.recompile()
 
 
 def usable_backend(name: str | Backend) -> Backend:

@@ -12,10 +12,11 @@ One pass over the tasks. Symbolic sizes count with the values they were traced w
 Source: the reference counts of the eager backend; tests replay the graph on real tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 from torch import fx
 
@@ -32,11 +33,13 @@ class Alive:
     Attributes:
         node: what allocated it.
         bytes: its size.
+        value: the (fake) tensor in it; of a node with several results, the one it is for.
         role: "constant", "output", "tangent", "gradient", "saved", "recomputed" or "temporary".
     """
 
     node: fx.Node
     bytes: int
+    value: Any
     role: str
 
 
@@ -79,9 +82,10 @@ class Liveness:
         """What is in memory while a task runs (by default the one at the peak), largest first."""
         at = self.peak_task if task is None else task
         found = [
-            Alive(self.schedule.tasks[owner].node, size, self._role(number, owner, at))
-            for number, (owner, size) in enumerate(self._storages.owners)
-            if size and owner <= at <= self._storages.last[number]
+            Alive(self.schedule.tasks[owner].node, size, value, self._role(number, owner, at))
+            for number, ((owner, size), value) in enumerate(self._storages.valued())
+            if size and (owner <= at or owner in self.schedule.constants)
+            and at <= self._storages.last[number]
         ]
         return sorted(found, key=lambda a: -a.bytes)
 
@@ -138,6 +142,7 @@ class _Storages:
         self.owners: list[tuple[int, int]] = []
         self.last: list[int] = []
         self._held: list[tuple[int, ...]] = []
+        self._tasks = schedule.tasks
         for number, task in enumerate(schedule.tasks):
             for read in task.reads:
                 for storage in self._held[read]:
@@ -147,6 +152,15 @@ class _Storages:
         for number in schedule.kept:
             for storage in self._held[number]:
                 self.last[storage] = end
+
+    def valued(self) -> Iterator[tuple[tuple[int, int], Any]]:
+        """Every storage with the (fake) tensor that it was allocated for."""
+        first = -1
+        for number, (owner, size) in enumerate(self.owners):
+            if number == 0 or self.owners[number - 1][0] != owner:
+                first = number
+            val = self._tasks[owner].node.meta.get("val")
+            yield (owner, size), val[number - first] if isinstance(val, (tuple, list)) else val
 
     def _result(self, number: int, task: Task) -> tuple[int, ...]:
         sizes, source, part = _facts(task.node)

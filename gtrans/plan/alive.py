@@ -61,7 +61,7 @@ def _kind(alive: Alive) -> tuple[Any, ...]:
     if alive.role == "constant":
         return ("constant",)
     where = location(alive.node)
-    return alive.role, shape_text(alive.node.meta.get("val")), where.file, where.line, alive.bytes
+    return alive.role, shape_text(alive.value), where.file, where.line, alive.bytes
 
 
 def _row(group: Sequence[Alive]) -> AliveRow:
@@ -72,7 +72,7 @@ def _row(group: Sequence[Alive]) -> AliveRow:
         count=len(group),
         bytes=sum(a.bytes for a in group),
         role=first.role,
-        shape="" if constant else shape_text(node.meta.get("val")),
+        shape="" if constant else shape_text(first.value),
         operator="" if constant else target_name(node) if node.op == "call_function" else node.op,
         location=Location() if constant else location(node),
         example=node.name,
