@@ -1,7 +1,7 @@
 """The reference allocator: run both halves of a graph on real tensors and count what is alive.
 
-It knows nothing of views, tuples or in-place operators: it looks at the storages of the tensors that
-the interpreter holds, after every node. Slow, and what the simulation is held to.
+It knows nothing of views, tuples or in-place operators: it looks at the storages of the tensors
+that the interpreter holds, after every node. Slow, and what the simulation is held to.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,15 +31,13 @@ def replayed_peak(
     nodes: Any = forward.graph.output_node().args[0]
     saved = {n.name: r for n, r in zip(nodes, results, strict=True) if isinstance(n, fx.Node)}
     by_name = {n.target: v for n, v in zip(_placeholders(forward), inputs, strict=True)}
-    tangents = []
     arguments = []
     for node in _placeholders(backward):
         if node.name in saved or node.target in by_name:
             arguments.append(saved.get(node.name, by_name.get(node.target)))
         else:
-            tangents.append(zeros_like(node.meta["val"]))
-            arguments.append(tangents[-1])
-    second = _Counting(backward, [*inputs, *results[:num_outputs], *tangents])
+            arguments.append(zeros_like(node.meta["val"]))
+    second = _Counting(backward, [*inputs, *results[:num_outputs]])
     del results, saved, first.env
     second.run(*arguments)
     return max(first.most, second.most)

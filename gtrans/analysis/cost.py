@@ -6,9 +6,9 @@ Every count is one formula over sizes, so it gives a number for traced sizes and
 of the dynamic dimensions alike:
 
     product [m,k] x [k,n]            2 m k n
-    convolution                      2 numel(y) c_in/groups numel(window)     (input side if transposed)
+    convolution                      2 numel(y) c_in/groups numel(window); transposed: of x
     its backward                     the same per wanted gradient of input and weight
-    attention [b,h,q,d] x [b,h,k,d]  4 b h q k d, backward 10 b h q k d; a causal mask is not deducted
+    attention [b,h,q,d] x [b,h,k,d]  4 b h q k d, backward 10 b h q k d, causal or not
     anything else                    one per element written; views nothing
 
 Source: the usual counts (as torch.utils.flop_counter); roofline: Williams et al. 2009.
@@ -166,7 +166,7 @@ def _moved(node: fx.Node, size: Size) -> Count:
 def _flops(node: fx.Node, size: Size) -> Count:
     if _is_free(node):
         return 0
-    formula = _FORMULAS.get(node.target)  # type: ignore[arg-type]
+    formula = _FORMULAS.get(node.target)
     if formula is not None:
         return formula(node, size)
     return sum(_numel(t, size) for t in _tensors(node.meta.get("val")))

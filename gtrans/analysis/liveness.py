@@ -2,8 +2,8 @@
 
 The simulated allocator is the one of the eager backend: a value is allocated when its node runs and
 freed right after the last node that reads it or a view of it. Parameters, buffers and inputs are
-there all the time, outputs and tangents stay until the step ends (the caller holds them), and so do
-gradients once they are made.
+there all the time, outputs stay until the step ends (the caller holds them), and so do gradients
+once they are made. Tangents are freed like any other value: autograd hands them over.
 
     bytes(i) = constants + sum of the storages born at or before i whose last reader is i or later
     peak     = max_i bytes(i) + workspace(i)
@@ -84,7 +84,8 @@ class Liveness:
         found = [
             Alive(self.schedule.tasks[owner].node, size, value, self._role(number, owner, at))
             for number, ((owner, size), value) in enumerate(self._storages.valued())
-            if size and (owner <= at or owner in self.schedule.constants)
+            if size
+            and (owner <= at or owner in self.schedule.constants)
             and at <= self._storages.last[number]
         ]
         return sorted(found, key=lambda a: -a.bytes)
@@ -194,8 +195,8 @@ def _facts(node: fx.Node) -> Facts:
 def _find_facts(node: fx.Node) -> Facts:
     val = node.meta.get("val")
     if ops.is_getitem(node):
-        tuple_of_views = ops.is_view(node.all_input_nodes[0])
-        return (), 0, None if tuple_of_views else int(node.args[1])  # type: ignore[call-overload]
+        part: Any = node.args[1]
+        return (), 0, None if ops.is_view(node.all_input_nodes[0]) else part
     if ops.is_view(node):
         return (), 0, None
     if (shared := _written_argument(node)) is not None:

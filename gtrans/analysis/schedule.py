@@ -43,7 +43,7 @@ class Schedule:
         tasks: placeholders and calls.
         boundary: number of the first task of the backward half.
         constants: tasks that hold what was in memory before the step: parameters, buffers, inputs.
-        kept: tasks whose values stay alive to the end: constants, outputs, tangents, gradients.
+        kept: tasks whose values stay alive to the end: constants, outputs, gradients.
         cut: what is kept for the backward, in graph order.
     """
 
@@ -144,7 +144,8 @@ class Builder:
 
     def add_forward(self, cut: Iterable[fx.Node]) -> None:
         """Adds placeholders and the forward half that makes outputs and the cut."""
-        index, made = self.index, {}
+        index = self.index
+        made: dict[fx.Node, int] = {}
         self._cut = tuple(cut)
         needed = set(index.always)
         index.add_ancestors(self._cut, needed)
@@ -170,7 +171,5 @@ class Builder:
 
     def finish(self, gradients: Iterable[int]) -> Schedule:
         """The schedule, given the tasks that hold gradients."""
-        tangents = [self._at_hand[n] for n in self.index.tangents]
-        kept = frozenset((*self._constants, *self._outputs, *tangents, *gradients))
+        kept = frozenset((*self._constants, *self._outputs, *gradients))
         return Schedule(self.tasks, self.boundary, self._constants, kept, self._cut)
-

@@ -51,7 +51,7 @@ def workspaces(nodes: Iterable[fx.Node]) -> dict[fx.Node, int]:
     """
     keys = {n: _key(n) for n in nodes if n.target in _WATCHED}
     unknown = {key: n for n, key in keys.items() if key not in _known}
-    if unknown and not torch.autograd._profiler_enabled():
+    if unknown and not torch._C._autograd._profiler_enabled():
         _watch(unknown)
     return {n: bytes for n, key in keys.items() if (bytes := _known.get(key, 0))}
 
@@ -80,17 +80,18 @@ def _watch(nodes: dict[Hashable, fx.Node]) -> None:
         peak = measured_peak(run_all, warm_up=0)
     for part in peak.phases:
         key = list(nodes)[int(part.name.split()[-1])]
-        before = max((m for m in peak.timeline if m.seconds <= part.start_s), default=None,
-                     key=lambda m: m.seconds)
+        before = max(
+            (m for m in peak.timeline if m.seconds <= part.start_s),
+            default=None,
+            key=lambda m: m.seconds,
+        )
         inside = [m.bytes for m in peak.timeline if part.start_s < m.seconds <= part.end_s]
         level = before.bytes if before is not None else 0
         _known[key] = max(0, max(inside, default=level) - level - outputs[key])
 
 
 def _arguments(node: fx.Node) -> tuple[Any, Any]:
-    arguments: tuple[Any, Any] = fx.map_arg(
-        (node.args, node.kwargs), lambda n: n.meta["val"]
-    )
+    arguments: tuple[Any, Any] = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     return arguments
 
 

@@ -2,9 +2,9 @@
 
     plan(budget) = argmin seconds over { c in front : peak(c) + held elsewhere <= budget }
 
-The front does not depend on the budget, so peak and predicted time are monotone in it. The peak that
-counts is the one of the graph with the plan written into it; where a plan takes an offer of a pass,
-whose function is only known then, it is checked on a copy first.
+The front does not depend on the budget, so peak and predicted time are monotone in it. The peak
+that counts is the one of the graph with the plan written into it; where a plan takes an offer of a
+pass, whose function is only known then, it is checked on a copy first.
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,7 @@ Candidates, each turned into a schedule, simulated for its true peak and timed b
 
 1. Plain: what autograd keeps.
 2. Minimum cuts over a sweep of the price of a second of recomputation, with growing classes of
-   operators that may run again: pointwise; row-wise; everything but draws, effects, collectives.
+   operators that may run again: pointwise and row-wise; everything but draws, effects, collectives.
 3. Segments between narrow places of the forward: only what crosses them is kept, or besides it
    what is dear to compute again. Inside a segment that is computed again all values wait for their
    reader, or only those that autograd would save and are dear.
@@ -38,12 +38,12 @@ Allowed = Callable[[fx.Node], bool]
 _SEGMENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
 # Prices of a second of recomputation, in saved bytes, relative to (bytes autograd keeps) / (seconds
 # of the forward).
-_PRICES = (0.02, 0.1, 0.3, 1.0, 3.0, 10.0)
-_INNER_PRICES = (0.001, 0.1, 0.4, 1.5)
+_PRICES = (0.02, 0.2, 1.0, 4.0)
+_INNER_PRICES = (0.001, 0.2, 1.0)
 # Readers of one recomputed value that are this many backward nodes apart share it.
 _WINDOW = 8
 # Simulations: so many tasks in all, but not fewer or more simulations than this.
-_TASKS, _FEWEST, _MOST = 600_000, 60, 260
+_TASKS, _FEWEST, _MOST = 300_000, 60, 140
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,7 @@ class Front:
         self.joint = joint
         self.rebuilder = Rebuilder(joint)
         self.candidates: list[Candidate] = []
-        self._seconds = {
-            n: node_seconds(n, device) for n in joint.nodes if n.op == "call_function"
-        }
+        self._seconds = {n: node_seconds(n, device) for n in joint.nodes if n.op == "call_function"}
         self._offer_seconds = {
             n: o.passes_over_memory * tensor_bytes(n.meta["val"]) / device.bytes_per_s
             + device.launch_s
@@ -129,7 +127,6 @@ class Front:
 
     def _sweep(self, held: frozenset[fx.Node], rate: float) -> None:
         classes: dict[str, Allowed] = {
-            "pointwise": _is_cheap,
             "row-wise": lambda n: _is_cheap(n) or n.target in ops.ROWWISE,
             "all": lambda n: True,
         }
@@ -182,12 +179,16 @@ class Front:
             for c in _spread(fresh, 8):
                 tried.add(c.choice)
                 for choice in self._moves(c):
-                    self._try(c.label.removesuffix(", improved") + ", improved", choice, c.boundaries)
+                    self._try(
+                        c.label.removesuffix(", improved") + ", improved", choice, c.boundaries
+                    )
 
     def _moves(self, candidate: Candidate) -> Iterator[Choice]:
         choice, schedule = candidate.choice, self.schedule(candidate)
         alive = self.simulate(schedule).alive()
-        saved = [a.node for a in alive if a.role == "saved" and not self.rebuilder.must_save(a.node)]
+        saved = [
+            a.node for a in alive if a.role == "saved" and not self.rebuilder.must_save(a.node)
+        ]
         for node in saved[:3]:
             yield Choice(choice.save - {node}, choice.hold, choice.window)
             if len(like := frozenset(n for n in saved if _kind(n) == _kind(node))) > 1:

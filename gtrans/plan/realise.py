@@ -1,8 +1,8 @@
 """Write a plan into the joint graph: what is not kept is computed again, right where it is read.
 
-The schedule comes from `gtrans.plan.rebuild`; here its tasks become nodes, in the same order. Torch's
-own split puts all recomputed values in front of the backward, where they are alive at once: a
-smaller budget then has a higher peak (pytorch issue 197838).
+The schedule comes from `gtrans.plan.rebuild`; here its tasks become nodes, in the same order.
+Torch's own split puts all recomputed values in front of the backward, where they are alive at once:
+a smaller budget then has a higher peak (pytorch issue 197838).
 """
 
 from collections.abc import Collection
@@ -101,7 +101,9 @@ class _Writer:
         """Inserts the node of a task right before a node of the backward."""
         task = self.tasks[number]
         reads = [self.made[r] for r in task.reads]
-        again = self._offered(task, reads, reader) if task.offered else self._same(task, reads, reader)
+        again = (
+            self._offered(task, reads, reader) if task.offered else self._same(task, reads, reader)
+        )
         self.made[number] = self.latest[task.node] = again
 
     def _same(self, task: Task, reads: list[fx.Node], reader: fx.Node) -> fx.Node:

@@ -14,7 +14,6 @@ wait (`hold`), and how far apart two readers may be for all others (`window`).
     all others                  cheap ones                    (in memory around their reader)
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx
@@ -224,4 +223,3 @@ class _Run:
             offered = again and node in owner.joint.offers
             builder.append(Task(node, tuple(number(r) for r in reads), again, offered))
         return builder.finish([number(g) for g in gradients])
-

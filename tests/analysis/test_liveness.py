@@ -67,7 +67,8 @@ class Aliases(nn.Module):
         first, second = wide.split(2)
         best, _ = first.exp().max(-1)
         parts = second.sin().unbind(0)
-        return (best.sum() * parts[0].cos().sum()) + wide.expand(2, 4, -1, 6).tanh().sum()
+        total: torch.Tensor = best.sum() * parts[0].cos().sum()
+        return total + wide.expand(2, 4, -1, 6).tanh().sum()
 
 
 @pytest.mark.parametrize("passes", PIPELINES[:2])
@@ -81,10 +82,11 @@ def test_in_place_operators_allocate_nothing() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(64, 64)
+            self.seen: torch.Tensor
             self.register_buffer("seen", torch.zeros(64))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.linear(x)
+            y: torch.Tensor = self.linear(x)
             with torch.no_grad():
                 self.seen.add_(y.mean(0))
             return y.relu_().square().sum()
