@@ -23,7 +23,7 @@ from gtrans.errors import PlanError
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph, Placement, tag
 from gtrans.ir.sizes import tensor_bytes
-from gtrans.plan.cut import recipe, storage_of
+from gtrans.plan.cut import made_of_what_they_rebuild, recipe, storage_of
 
 # Row statistics and the like: waiting for a later reader costs them nothing worth the work.
 _SMALL = 1 / 256
@@ -69,6 +69,7 @@ class Rebuilder:
         self._overwritten = {
             storage_of(n.all_input_nodes[0]) for n in joint.nodes if ops.mutates(n)
         }
+        self._circular = made_of_what_they_rebuild(joint)
         self._recipes: dict[fx.Node, list[fx.Node]] = {}
         self._must_save: dict[fx.Node, bool] = {}
 
@@ -110,6 +111,8 @@ class Rebuilder:
             return True
         if placement is Placement.REBUILT or node in self.joint.offers:
             return False
+        if node in self._circular:
+            return True
         if ops.is_getitem(node) and not ops.is_view(node.all_input_nodes[0]):
             return self._unrepeatable(node.all_input_nodes[0])
         return self._unrepeatable(node)
