@@ -8,11 +8,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from gtrans.capture import Compiler, capture_always, compiled_call
+from gtrans.capture import Compiler, Resident, capture_always, compiled_call
 from gtrans.errors import CaptureError, GTransError, ModelError, OptionError
 from gtrans.explanation import Explanation
 from gtrans.ir.joint import JointGraph
+from gtrans.memory import Budget
 from gtrans.pipeline import Pipeline
+from gtrans.plan.planner import Plan
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -24,6 +26,7 @@ def optimize(
     *,
     passes: str | Pipeline = "default",
     skip: Sequence[str] = (),
+    memory: str | int | float | Budget | None = None,
     allow: str | None = None,
     backend: str = "inductor",
     mode: str | None = None,
@@ -39,6 +42,9 @@ def optimize(
         passes: pipeline text such as "default" or "relu-mask,plan{price=0.1}", or a
             `Pipeline` of pass objects, which need not be registered.
         skip: names of passes to leave out of it.
+        memory: bound of the step's peak memory: "6GiB", or 0.4 of what it would be without gtrans.
+            Parameters, buffers, inputs and gradients count, the optimizer's state does not. The
+            fastest plan under it is chosen at the first call; `docs/memory-budget.md` has the rest.
         allow: the weakest contract to admit ("exact", "close", "unbiased", ...). By default the
             passes named in `passes` are admitted, since you named them; the default ones are exact.
         backend: "inductor" or "eager"; falls back to "eager" where no compiler is at hand.
@@ -53,19 +59,20 @@ def optimize(
         The same object. Its parameters, `state_dict` keys, hooks and class are untouched.
 
     Raises:
-        OptionError: a pass, option, mode or backend is unknown.
+        OptionError: a pass, option, mode or backend is unknown, or the budget cannot be read.
         ContractError: a pass promises less than `allow`.
         ModelError: the model has no trainable parameters.
     """
     if on_error not in ("skip", "raise"):
         raise OptionError(f"on_error must be 'skip' or 'raise', got {on_error!r}")
     require_trainable(model)
-    pipeline = Pipeline.parse(passes).without(skip)
+    pipeline = planned(passes, skip, memory)
     if allow is not None:
         pipeline.require(allow)
     compiler = Compiler(
         pipeline, backend, skip_failures=on_error == "skip", mode=mode, options=options
     )
+    compiler.resident = Resident.of(model)
     if model in _sessions:
         restore(model)
     install(model, compiler, dynamic=dynamic, fullgraph=fullgraph)
@@ -112,6 +119,7 @@ def explain(
     *inputs: Any,
     passes: str | Pipeline = "default",
     skip: Sequence[str] = (),
+    memory: str | int | float | Budget | None = None,
     **keyword_inputs: Any,
 ) -> Explanation:
     """What each pass would do to this model on these inputs, before any step.
@@ -120,13 +128,29 @@ def explain(
     stay as they are.
 
     Raises:
-        OptionError: a pass or option is unknown.
+        OptionError: a pass or option is unknown, or the budget cannot be read.
+        BudgetError: no plan keeps the step under the budget; says how near one comes.
         ModelError: the model has no trainable parameters, or does not accept the inputs.
     """
     require_trainable(model)
-    compiler = Compiler(Pipeline.parse(passes).without(skip), "eager", skip_failures=False)
+    compiler = Compiler(planned(passes, skip, memory), "eager", skip_failures=False)
+    compiler.resident = Resident.of(model)
     capture(model, compiler, inputs, keyword_inputs)
     return Explanation(compiler.pipeline, compiler.captured)
+
+
+def planned(
+    passes: str | Pipeline, skip: Sequence[str], memory: str | int | float | Budget | None
+) -> Pipeline:
+    """The pipeline that the arguments of `optimize` describe.
+
+    Raises:
+        OptionError: a pass or option is unknown, or the budget cannot be read or is given twice.
+    """
+    pipeline = Pipeline.parse(passes).without(skip)
+    if memory is None:
+        return pipeline
+    return Pipeline(Plan.under_budget(pipeline.passes, Budget.parse(memory)))
 
 
 def capture(

@@ -19,17 +19,19 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
-from torch._guards import TracingContext
+from torch._guards import CompileContext, TracingContext
 
 from gtrans.contract import Contract, compose_all
 from gtrans.errors import CaptureError, GTransError
 from gtrans.ir import ops
 from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.half import Backend, Half, Role, Runnable
-from gtrans.ir.joint import Input, JointGraph, Signature
+from gtrans.ir.joint import Input, JointGraph, Signature, Surroundings
 from gtrans.ir.normal_form import normalise
+from gtrans.ir.sizes import tensor_bytes
 from gtrans.ir.source import readable_path
 from gtrans.pipeline import Gate, Observer, Pipeline, Step
+from gtrans.plan.budget import plain_liveness
 from gtrans.plan.cut import read_directly
 from gtrans.plan.planner import Plan
 from gtrans.plan.saved import SavedValue, saved_bytes, saved_values
@@ -46,6 +48,7 @@ class Captured:
 
     Attributes:
         index: number of the graph in the order of capture.
+        frame: Dynamo's number of the code that was captured; captured again, it has the same.
         training: whether it has a backward; inference graphs are lowered as they are.
         forward_steps: what the forward passes did.
         steps: what the joint passes did.
@@ -59,6 +62,7 @@ class Captured:
     """
 
     index: int
+    frame: int = 0
     training: bool = False
     forward_steps: list[Step] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -89,6 +93,8 @@ class Compiler:
         observers: called after every pass on every graph.
         mode: mode of the named backend.
         options: options of the named backend; a mode and options exclude each other.
+        resident: what the model holds in memory, for plans under a budget; if it is not given,
+            parameters that a graph does not have count as nothing.
     """
 
     pipeline: Pipeline
@@ -99,21 +105,17 @@ class Compiler:
     mode: str | None = None
     options: Mapping[str, Any] | None = None
     captured: list[Captured] = field(default_factory=list)
+    resident: "Resident | None" = None
 
     def __post_init__(self) -> None:
         require_supported_torch()
         if not any(isinstance(p, Plan) for p in self.pipeline.passes):
-<<<<<<< HEAD
-            self.pipeline = Pipeline((*self.pipeline.passes, Plan()))
-        self._lowering = usable_backend(self.backend, self.mode, self.options)
-=======
             self.pipeline = self.pipeline.planned(Plan())
-        self._lowering = usable_backend(self.backend)
->>>>>>> e03ec92 (late-recompute: backward work runs right before its first reader; nodes can move without losing the cut)
+        self._lowering = usable_backend(self.backend, self.mode, self.options)
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         """Called by Dynamo with one captured forward graph and its inputs."""
-        record = Captured(len(self.captured))
+        record = Captured(len(self.captured), _frame())
         self.captured.append(record)
         start = time.perf_counter()
         forward, record.forward_steps = self.pipeline.on(ForwardGraph).run(
@@ -139,6 +141,29 @@ class Compiler:
         # captured, without passes. It looks a backend like this up only if it is forced to.
         with functorch_config.patch(force_autograd_cache=False):
             return trace(forward.module, example_inputs)
+
+    def surroundings(self, record: Captured) -> Surroundings:
+        """What is in memory beside a graph that was just captured.
+
+        Graphs of one model run forward in the order of capture, and backward in the opposite one.
+        So while a graph runs, the ones before it hold what they saved, and the ones after it have
+        left the gradients of their parameters. What those will save is not known yet: they are
+        planned later, with what this one leaves them.
+        """
+        assert record.original is not None
+        latest = {c.frame: c for c in self.captured if c.training and c.frame < record.frame}
+        earlier = list(latest.values())
+        beside = 0
+        if self.resident is not None:
+            graphs = [c.original for c in earlier if c.original is not None]
+            done = sum(_parameter_bytes(g, trainable=True) for g in (*graphs, record.original))
+            beside += max(0, self.resident.bytes - _parameter_bytes(record.original))
+            beside += max(0, self.resident.trainable_bytes - done)
+        held = beside + sum(c.saved_bytes for c in earlier)
+        if not any(isinstance(p, Plan) and p.memory for p in self.pipeline.passes):
+            return Surroundings(held)
+        plain = plain_liveness(record.original).peak
+        return Surroundings(held, plain + beside + sum(c.saved_bytes_before for c in earlier))
 
     def _warn(self, steps: list[Step]) -> None:
         for step in steps:
@@ -171,6 +196,7 @@ class _Job:
         joint = JointGraph(module, self._signature(joint_inputs, num_fwd_outputs))
         normalise(joint)
         record.original = joint
+        joint.surroundings = self.owner.surroundings(record)
         rewritten, record.steps = self.owner.pipeline.on(JointGraph).run(
             joint,
             gate=self.owner.gate,
@@ -251,6 +277,28 @@ class _Job:
         return indices
 
 
+@dataclass(frozen=True)
+class Resident:
+    """What a model holds in memory all the time.
+
+    Attributes:
+        bytes: its parameters and buffers.
+        trainable_bytes: the parameters that get a gradient.
+    """
+
+    bytes: int
+    trainable_bytes: int
+
+    @staticmethod
+    def of(model: nn.Module) -> "Resident":
+        """Adds up a model's parameters and buffers, each once."""
+        parameters = list(model.parameters())
+        return Resident(
+            sum(t.nbytes for t in (*parameters, *model.buffers())),
+            sum(p.nbytes for p in parameters if p.requires_grad),
+        )
+
+
 def split(joint: JointGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Splits a planned joint graph into its forward and backward half.
 
@@ -266,6 +314,7 @@ def split(joint: JointGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
         saved_sym_nodes=symbols,
         num_fwd_outputs=joint.signature.num_forward_outputs,
     )
+    _erase_unread_draws(backward)
     return forward, backward
 
 
@@ -282,6 +331,20 @@ def require_supported_torch() -> None:
             f"gtrans needs torch {oldest} or newer, and this is {torch.__version__}: "
             f"pip install 'torch>={oldest}'"
         )
+
+
+def _erase_unread_draws(backward: fx.GraphModule) -> None:
+    """Erases random operators that nothing in the backward reads, and what only they read.
+
+    Torch's split copies every operator that may draw random numbers (attention with dropout is one)
+    into the backward, and takes it for an effect that has to stay, even if all its results are
+    saved.
+    """
+    for node in reversed(backward.graph.nodes):
+        draw = ops.is_random(node) and not ops.mutates(node)
+        if node.op == "call_function" and not node.users and (draw or not ops.is_effect(node)):
+            backward.graph.erase_node(node)
+    backward.recompile()
 
 
 def usable_backend(
@@ -338,6 +401,22 @@ def dynamo_backend(
     passes, backend = chosen.pop("passes", "default"), chosen.pop("backend", "inductor")
     compiler = Compiler(Pipeline.parse(passes), backend, mode=mode, options=chosen or None)
     return compiler(module, example_inputs)
+
+
+def _frame() -> int:
+    compile_id = CompileContext.current_compile_id()
+    number = None if compile_id is None else compile_id.frame_id
+    return number or 0
+
+
+def _parameter_bytes(joint: JointGraph, *, trainable: bool = False) -> int:
+    """Bytes of a graph's parameters and buffers, or of those that get a gradient."""
+    return sum(
+        tensor_bytes(node.meta.get("val"))
+        for info, node in zip(joint.signature.inputs, joint.primals, strict=True)
+        if info.kind in ("parameter", "buffer")
+        and (not trainable or joint.gradient_of(node) is not None)
+    )
 
 
 def _is_symint(node: fx.Node) -> bool:

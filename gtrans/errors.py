@@ -36,6 +36,10 @@ class PlanError(GTransError, RuntimeError):
     """No plan fits what was asked for."""
 
 
+class BudgetError(PlanError):
+    """No plan keeps the step under the memory budget. Never skipped: training on would break it."""
+
+
 class VerifyError(GTransError, AssertionError):
     """A rewritten step does not compute what its contract promises."""
 

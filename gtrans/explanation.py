@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from gtrans.analysis.liveness import Liveness, simulate
+from gtrans.analysis.schedule import schedule_of
 from gtrans.contract import Contract, compose_all
 from gtrans.ir.sizes import human
 from gtrans.pipeline import Pipeline, Step
+from gtrans.plan.budget import plain_liveness
+from gtrans.plan.planner import Plan
 from gtrans.plan.saved import SavedValue
 
 if TYPE_CHECKING:
@@ -44,6 +49,39 @@ class Explanation:
         """The same as autograd would keep without any pass."""
         return sum(c.saved_bytes_before for c in self.training)
 
+    @cached_property
+    def liveness(self) -> list[Liveness]:
+        """The simulated memory of each training graph, as planned."""
+        return [simulate(schedule_of(c.rewritten)) for c in self.training if c.rewritten]
+
+    @property
+    def peak(self) -> int:
+        """Predicted peak of a step in bytes: parameters, buffers, inputs, gradients and values.
+
+        Of the eager backend; a compiler that fuses operators stays below it. The optimizer's state
+        is not part of it.
+        """
+        held = [c.rewritten.surroundings.held_bytes for c in self.training if c.rewritten]
+        return max((v.peak + h for v, h in zip(self.liveness, held, strict=True)), default=0)
+
+    @cached_property
+    def plain_peak(self) -> int:
+        """The same if nothing had been rewritten, as autograd would."""
+        peaks = []
+        for c in self.training:
+            if c.original is not None:
+                around = c.original.surroundings
+                peaks.append(
+                    around.plain_peak or plain_liveness(c.original).peak + around.held_bytes
+                )
+        return max(peaks, default=0)
+
+    @property
+    def budget(self) -> int | None:
+        """The memory budget in bytes, if there is one."""
+        plans = [p for p in self.pipeline.passes if isinstance(p, Plan) and p.memory is not None]
+        return plans[-1].memory.in_bytes(self.plain_peak) if plans and plans[-1].memory else None
+
     @property
     def contract(self) -> Contract:
         """What the passes that rewrote something promise together."""
@@ -75,6 +113,9 @@ class Explanation:
             "training_graphs": len(self.training),
             "saved_bytes": self.saved_bytes,
             "saved_bytes_before": self.saved_bytes_before,
+            "peak_bytes": self.peak,
+            "plain_peak_bytes": self.plain_peak,
+            "budget_bytes": self.budget,
             "own_seconds": self.own_seconds,
             "passes": [
                 {
@@ -102,6 +143,8 @@ class Explanation:
             f"contract   {self.contract}",
             f"graphs     {len(self.captured)}, {len(self.training)} with a backward{breaks}",
             f"saved      {human(before)} as autograd would -> {human(after)}{share}",
+            f"peak       {human(self.plain_peak)} as autograd would -> {human(self.peak)} predicted"
+            + ("" if self.budget is None else f", budget {human(self.budget)}"),
             f"own time   {self.own_seconds:.2f} s",
         ]
 

@@ -54,7 +54,12 @@ class Budget:
         return int(self.fraction * plain_peak)
 
     def __str__(self) -> str:
-        return f"{self.bytes}B" if self.bytes is not None else f"{self.fraction:g}"
+        if self.bytes is None:
+            return f"{self.fraction:g}"
+        for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+            if self.bytes % size == 0:
+                return f"{self.bytes // size}{unit}"
+        return f"{self.bytes}B"
 
 
 def _of_number(value: int | float) -> Budget:

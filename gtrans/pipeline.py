@@ -17,7 +17,14 @@ from typing import Any
 
 from gtrans.contract import Contract, compose_all, level
 from gtrans.core import Knob, Pass, SitePass, Stats
-from gtrans.errors import ContractError, GTransError, OptionError, PassError, did_you_mean
+from gtrans.errors import (
+    BudgetError,
+    ContractError,
+    GTransError,
+    OptionError,
+    PassError,
+    did_you_mean,
+)
 from gtrans.ir.check import check_forward, check_joint
 from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.joint import JointGraph
@@ -196,7 +203,7 @@ class Pipeline:
                 rewritten = _run_one(p, graph, gate, step)
             except Exception as error:
                 step.error = f"{type(error).__name__}: {error}"
-                if not skip_failures:
+                if not skip_failures or isinstance(error, BudgetError):
                     raise _blame(p, error) from error
                 rewritten = graph
             step.seconds = time.perf_counter() - start
@@ -244,6 +251,8 @@ def parse_option(text: str, kind: Any, where: str) -> Any:
         if text == "None":
             return None
         kind = choices[0]
+    if hasattr(kind, "parse"):
+        return kind.parse(text)
     if kind is bool:
         if text not in ("true", "false"):
             raise OptionError(f"{where} must be true or false, got {text!r}")

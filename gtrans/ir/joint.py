@@ -111,6 +111,21 @@ class Offer:
         return [a for a in self.inputs if isinstance(a, fx.Node)]
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What is in memory beside a graph while it runs.
+
+    Attributes:
+        held_bytes: by the model's other graphs: values saved between their halves, gradients that
+            are ready, parameters that this graph does not have.
+        plain_peak: what the whole step would peak at without any pass, held bytes included; None
+            if nobody asked.
+    """
+
+    held_bytes: int = 0
+    plain_peak: int | None = None
+
+
 class JointGraph:
     """A typed view of a joint graph, with the edits that passes need.
 
@@ -128,6 +143,7 @@ class JointGraph:
         self.cut: tuple[fx.Node, ...] | None = None
         self.offers: dict[fx.Node, Offer] = {}
         self.author = ""
+        self.surroundings = Surroundings()
         placeholders = module.graph.find_nodes(op="placeholder")
         count = len(signature.inputs)
         outputs = self._output_arguments()
@@ -407,6 +423,7 @@ class JointGraph:
         graph.output_node().meta = dict(self.output.meta)
         module = fx.GraphModule(self.module, graph)
         twin = JointGraph(module, self.signature)
+        twin.surroundings = self.surroundings
         twin.cut = None if self.cut is None else tuple(made[n] for n in self.cut)
         twin.offers = {
             made[value]: replace(offer, inputs=fx.map_arg(offer.inputs, lambda n: made[n]))

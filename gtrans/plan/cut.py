@@ -107,7 +107,7 @@ def recipe(joint: JointGraph, node: fx.Node) -> list[fx.Node]:
     return ops.tensor_inputs(node) if offer is None else offer.nodes
 
 
-def _made_of_what_they_rebuild(joint: JointGraph) -> set[fx.Node]:
+def made_of_what_they_rebuild(joint: JointGraph) -> set[fx.Node]:
     """Inputs of an offer that are computed from the offered value: `mask -> packed -> mask`.
 
     Were they run again in turn, each of the two would be computed from the other and neither kept;
@@ -149,7 +149,7 @@ class _Network:
         self.index = {n: 2 + 2 * i for i, n in enumerate(self.values)}
         self.edges: list[_Edge] = []
         self.needed = {g for g in joint.gradients if g is not None and joint.is_forward(g)}
-        self.made_of_what_they_rebuild = _made_of_what_they_rebuild(joint)
+        self.made_of_what_they_rebuild = made_of_what_they_rebuild(joint)
         self.overwritten = {storage_of(n.all_input_nodes[0]) for n in self.values if ops.mutates(n)}
 
     def add(self, node: fx.Node, cost: RecomputeCost) -> None:

@@ -1,25 +1,29 @@
 """Decide which forward values to keep for the backward and which to compute again there.
 
 Saves: what the cut frees; the report lists every value that is kept, with its bytes.
-Costs: one more pass over memory per recomputed pointwise or row-wise operator. Products,
-    convolutions, attention and reductions are not run again, unless the model asks for it with
-    `torch.utils.checkpoint`.
+Costs: one more pass over memory per recomputed pointwise or row-wise operator. Without a budget,
+    products, convolutions, attention and reductions are not run again, unless the model asks for it
+    with `torch.utils.checkpoint`; under a budget, whatever is cheapest by the roofline of the
+    target.
 Contract: exact, bit for bit (the same kernels run on the same values).
 Needs: nothing. Random draws, mutations and collectives are never run again.
 Source: project selection by minimum cut, `gtrans.plan.cut`.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from gtrans.analysis.cost import device_named, device_of
 from gtrans.contract import Contract, Exact
 from gtrans.core import HELD_BACK, Knob, Pass, Permission, Stats, require
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import human, tensor_bytes
+from gtrans.memory import Budget
+from gtrans.plan.budget import fit
 from gtrans.plan.cut import minimum_cut, read_directly
 from gtrans.plan.realise import realise
 from gtrans.plan.saved import saved_bytes
@@ -41,6 +45,10 @@ class Plan(Pass[JointGraph]):
         recompute: "cheap" runs pointwise and row-wise operators again where that saves memory;
             "none" keeps what autograd would keep.
         price: bytes of saved memory that pay for one byte written by a recomputed operator.
+        memory: bound of the step's true peak, parameters, buffers and inputs included; the fastest
+            plan under it is chosen, and the two options above do not matter. Raises BudgetError
+            before the first step where none fits.
+        target: device to predict times for, "auto" for the one that the tensors are on.
     """
 
     name: ClassVar[str] = "plan"
@@ -48,9 +56,13 @@ class Plan(Pass[JointGraph]):
 
     recompute: Literal["cheap", "none"] = "cheap"
     price: float = 0.05
+    memory: Budget | None = None
+    target: str = "auto"
 
     def __post_init__(self) -> None:
         require(self.price > 0, f"plan: price must be positive, got {self.price}")
+        if self.target != "auto":
+            device_named(self.target)
 
     @property
     def contract(self) -> Contract:
@@ -62,10 +74,13 @@ class Plan(Pass[JointGraph]):
         erase_taps(graph)
         plain = read_directly(graph)
         stats = Stats(matched=len(plain))
-        if self.recompute == "none" or not permitted("the cut"):
+        if (self.recompute == "none" and self.memory is None) or not permitted("the cut"):
             if self.recompute != "none":
                 stats.skipped[HELD_BACK] += 1
             realise(graph, plain)
+            return stats
+        if self.memory is not None:
+            self._fit(graph, self.memory, stats)
             return stats
         cut = minimum_cut(graph, lambda node: self.cost(graph, node))
         stats.rewritten = len(set(plain) - set(cut))
@@ -75,6 +90,37 @@ class Plan(Pass[JointGraph]):
             f"saved for backward: {human(before)} -> {human(after)}, {count} operators run again"
         )
         return stats
+
+    def _fit(self, graph: JointGraph, budget: Budget, stats: Stats) -> None:
+        plain = read_directly(graph)
+        before = saved_bytes(graph, plain)
+        device = device_of(graph) if self.target == "auto" else device_named(self.target)
+        fitted = fit(graph, budget, device)
+        assert graph.cut is not None
+        stats.rewritten = len(set(plain) - set(graph.cut))
+        stats.notes += [
+            f"peak: plain {human(fitted.plain_peak)} -> {human(fitted.peak)}, "
+            f"budget {human(fitted.limit)}",
+            f"plan: {fitted.candidate.label}; {fitted.count} operators run again, predicted time "
+            f"x{fitted.slowdown:.2f} on {device.name}",
+            f"saved for backward: {human(before)} -> {human(saved_bytes(graph, graph.cut))}",
+        ]
+
+    @staticmethod
+    def under_budget(pipeline: tuple[Pass[Any], ...], budget: Budget) -> tuple[Pass[Any], ...]:
+        """Passes with their plan put under a budget; a plan is added if there is none.
+
+        Raises:
+            OptionError: the plan has a budget already.
+        """
+        plans = [p for p in pipeline if isinstance(p, Plan)]
+        require(
+            all(p.memory in (None, budget) for p in plans),
+            "the memory budget is given twice, by memory= and by plan{memory=...}; give it once",
+        )
+        if not plans:
+            return (*pipeline, Plan(memory=budget))
+        return tuple(replace(p, memory=budget) if isinstance(p, Plan) else p for p in pipeline)
 
     def cost(self, graph: JointGraph, node: fx.Node) -> float | None:
         """Price of getting a value again, in saved bytes; None where it is not cheap."""

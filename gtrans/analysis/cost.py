@@ -1,0 +1,256 @@
+"""What a node costs: bytes moved, floating-point operations, and seconds by the roofline.
+
+    seconds(node) = max(flops / device.flops_per_s, bytes / device.bytes_per_s) + device.launch_s
+
+Every count is one formula over sizes, so it gives a number for traced sizes and a sympy expression
+of the dynamic dimensions alike:
+
+    product [m,k] x [k,n]            2 m k n
+    convolution                      2 numel(y) c_in/groups numel(window); transposed: of x
+    its backward                     the same per wanted gradient of input and weight
+    attention [b,h,q,d] x [b,h,k,d]  4 b h q k d, backward 10 b h q k d, causal or not
+    anything else                    one per element written; views nothing
+
+Source: the usual counts (as torch.utils.flop_counter); roofline: Williams et al. 2009.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from gtrans.errors import OptionError, did_you_mean
+from gtrans.ir import ops
+from gtrans.ir.joint import JointGraph
+from gtrans.ir.sizes import expression, hint
+
+aten = torch.ops.aten
+
+Count = Any
+"""An int, or a sympy expression."""
+Size = Callable[[Any], Count]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a roofline needs to know of a machine.
+
+    Attributes:
+        name: as in `device_named`.
+        bytes_per_s: memory bandwidth.
+        flops_per_s: of float32 products as torch runs them by default.
+        half_flops_per_s: of 16-bit products, dense.
+        launch_s: fixed cost of one kernel.
+        memory_bytes: how much it has; 0 if unknown.
+    """
+
+    name: str
+    bytes_per_s: float
+    flops_per_s: float
+    half_flops_per_s: float
+    launch_s: float = 4e-6
+    memory_bytes: int = 0
+
+
+# Vendors' data sheets (dense products, no sparsity); the launch cost is a common figure for torch.
+# "cpu" is one ordinary core; `measured_cpu` replaces it by a measurement.
+DEVICES = {
+    d.name: d
+    for d in (
+        Device("cpu", 1.0e10, 5.0e10, 2.5e10, 2e-6),
+        Device("t4", 3.2e11, 8.1e12, 6.5e13, memory_bytes=16 * 10**9),
+        Device("l4", 3.0e11, 3.03e13, 1.21e14, memory_bytes=24 * 10**9),
+        Device("rtx4090", 1.008e12, 8.26e13, 1.65e14, memory_bytes=24 * 10**9),
+        Device("a100", 2.039e12, 1.95e13, 3.12e14, memory_bytes=80 * 10**9),
+        Device("h100", 3.35e12, 6.7e13, 9.89e14, memory_bytes=80 * 10**9),
+        Device("h200", 4.8e12, 6.7e13, 9.89e14, memory_bytes=141 * 10**9),
+    )
+}
+
+
+def device_named(name: str) -> Device:
+    """A device by name.
+
+    Raises:
+        OptionError: there is no such device; near names are offered.
+    """
+    if name not in DEVICES:
+        raise OptionError(f"unknown device {name!r}{did_you_mean(name, DEVICES)}")
+    return DEVICES[name]
+
+
+def device_of(joint: JointGraph) -> Device:
+    """The device that a graph's tensors are on; of an unknown GPU, a like one."""
+    for node in joint.primals:
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and val.device.type == "cuda":
+            name = torch.cuda.get_device_name(val.device).lower().replace(" ", "")
+            return next((d for d in DEVICES.values() if d.name in name), DEVICES["a100"])
+    return DEVICES["cpu"]
+
+
+@cache
+def measured_cpu() -> Device:
+    """This machine's CPU, by a product and a copy that take a few milliseconds each."""
+    a = torch.ones(384, 384)
+    big = torch.ones(1 << 21)
+    product_s = min(_seconds(lambda: a @ a) for _ in range(3))
+    copy_s = min(_seconds(lambda: big.add(1.0)) for _ in range(3))
+    small = torch.ones(1)
+    launch_s = min(_seconds(lambda: small.add(1.0)) for _ in range(20))
+    flops = 2 * 384**3 / product_s
+    return Device("cpu", 2 * big.nbytes / copy_s, flops, flops / 2, launch_s)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return max(time.perf_counter() - start, 1e-9)
+
+
+def node_flops(node: fx.Node) -> int:
+    """Floating-point operations of a node, by traced sizes."""
+    return int(_flops(node, hint))
+
+
+def flops_expression(node: fx.Node) -> sympy.Expr:
+    """The same as an expression of the dynamic dimensions."""
+    return sympy.sympify(_flops(node, expression))
+
+
+def node_bytes(node: fx.Node) -> int:
+    """Bytes a node reads and writes, by traced sizes; a view moves none."""
+    return int(_moved(node, hint))
+
+
+def bytes_expression(node: fx.Node) -> sympy.Expr:
+    """The same as an expression of the dynamic dimensions."""
+    return sympy.sympify(_moved(node, expression))
+
+
+def node_seconds(node: fx.Node, device: Device) -> float:
+    """Seconds of a node by the roofline; views, tuples and inputs take none."""
+    if _is_free(node):
+        return 0.0
+    tensors = _tensors(node.meta.get("val"))
+    half = bool(tensors) and tensors[0].dtype in (torch.float16, torch.bfloat16)
+    flops_per_s = device.half_flops_per_s if half else device.flops_per_s
+    if not ops.is_contraction(node):
+        flops_per_s = max(device.flops_per_s / 8, 1.0)  # no matrix units
+    moved = node_bytes(node) / device.bytes_per_s
+    return max(node_flops(node) / flops_per_s, moved) + device.launch_s
+
+
+def total_seconds(nodes: Iterable[fx.Node], device: Device) -> float:
+    """Seconds of some nodes, one after another."""
+    return sum(node_seconds(n, device) for n in nodes)
+
+
+def _is_free(node: fx.Node) -> bool:
+    return node.op != "call_function" or ops.is_view(node) or ops.is_getitem(node)
+
+
+def _moved(node: fx.Node, size: Size) -> Count:
+    if _is_free(node):
+        return 0
+    values = [node.meta.get("val"), *(n.meta.get("val") for n in ops.tensor_inputs(node))]
+    return sum(t.element_size() * _numel(t, size) for v in values for t in _tensors(v))
+
+
+def _flops(node: fx.Node, size: Size) -> Count:
+    if _is_free(node):
+        return 0
+    formula = _FORMULAS.get(node.target)
+    if formula is not None:
+        return formula(node, size)
+    return sum(_numel(t, size) for t in _tensors(node.meta.get("val")))
+
+
+def _tensors(val: Any) -> list[torch.Tensor]:
+    if isinstance(val, torch.Tensor):
+        return [val]
+    if isinstance(val, (tuple, list)):
+        return [t for v in val for t in _tensors(v)]
+    return []
+
+
+def _numel(t: torch.Tensor, size: Size) -> Count:
+    return prod((size(s) for s in t.shape), start=1)
+
+
+def _value(node: fx.Node, position: int) -> torch.Tensor:
+    argument: Any = node.args[position]
+    found: torch.Tensor = argument.meta["val"]
+    return found
+
+
+def _product(position: int) -> Callable[[fx.Node, Size], Count]:
+    """A product whose left factor is the argument at this position; its last size is summed."""
+
+    def flops(node: fx.Node, size: Size) -> Count:
+        return 2 * _numel(node.meta["val"], size) * size(_value(node, position).shape[-1])
+
+    return flops
+
+
+def _one_convolution(
+    x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, transposed: bool, size: Size
+) -> Count:
+    # The weight is [c_out, c_in/groups, ...], of a transposed one [c_in, c_out/groups, ...].
+    per_element = prod((size(s) for s in w.shape[1:]), start=1)
+    return 2 * _numel(x if transposed else y, size) * per_element
+
+
+def _convolution(node: fx.Node, size: Size) -> Count:
+    x, w = _value(node, 0), _value(node, 1)
+    return _one_convolution(x, w, node.meta["val"], bool(node.args[6]), size)
+
+
+def _convolution_backward(node: fx.Node, size: Size) -> Count:
+    dy, x, w = (_value(node, i) for i in range(3))
+    wanted: Any = node.args[10]
+    return sum(wanted[:2]) * _one_convolution(x, w, dy, bool(node.args[7]), size)
+
+
+def _attention(first: int, products: int) -> Callable[[fx.Node, Size], Count]:
+    """Attention whose query, key and value start at this argument: its number of products."""
+
+    def flops(node: fx.Node, size: Size) -> Count:
+        q, k = _value(node, first), _value(node, first + 1)
+        return 2 * products * _numel(q, size) * size(k.shape[-2])
+
+    return flops
+
+
+_FORMULAS: dict[Any, Callable[[fx.Node, Size], Count]] = {
+    aten.mm.default: _product(0),
+    aten.bmm.default: _product(0),
+    aten.addmm.default: _product(1),
+    aten.baddbmm.default: _product(1),
+    aten.convolution.default: _convolution,
+    aten.convolution_backward.default: _convolution_backward,
+    **{
+        op: _attention(0, 2)
+        for op in (
+            aten._scaled_dot_product_flash_attention.default,
+            aten._scaled_dot_product_flash_attention_for_cpu.default,
+            aten._scaled_dot_product_efficient_attention.default,
+            aten._scaled_dot_product_cudnn_attention.default,
+        )
+    },
+    **{
+        op: _attention(1, 5)
+        for op in (
+            aten._scaled_dot_product_flash_attention_backward.default,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+            aten._scaled_dot_product_efficient_attention_backward.default,
+            aten._scaled_dot_product_cudnn_attention_backward.default,
+        )
+    },
+}

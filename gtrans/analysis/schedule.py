@@ -1,0 +1,175 @@
+"""A training step as a list of tasks: the forward half, then the backward half.
+
+A task runs one node of a joint graph. A node that the plan computes again is a second task of the
+same node, so that plans can be compared without writing each of them into a graph.
+
+    primals | forward tasks | tangents | backward tasks, with forward nodes that run again
+    ^ constants             ^ boundary
+"""
+
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from gtrans.errors import PlanError
+from gtrans.ir import ops
+from gtrans.ir.joint import JointGraph
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One run of a node.
+
+    Attributes:
+        node: what runs.
+        reads: the tasks whose values it reads, in the order of `ops.tensor_inputs(node)`; of a task
+            that takes an offer, in the order of the offer's nodes.
+        again: whether it is a forward node that runs a second time, for the backward.
+        offered: whether it gets the value by an offer of a pass instead of running the node.
+    """
+
+    node: fx.Node
+    reads: tuple[int, ...]
+    again: bool = False
+    offered: bool = False
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A forward and backward half, in the order in which they run.
+
+    Attributes:
+        tasks: placeholders and calls.
+        boundary: number of the first task of the backward half.
+        constants: tasks that hold what was in memory before the step: parameters, buffers, inputs.
+        kept: tasks whose values stay alive to the end: constants, outputs, gradients.
+        cut: what is kept for the backward, in graph order.
+    """
+
+    tasks: list[Task]
+    boundary: int
+    constants: frozenset[int]
+    kept: frozenset[int]
+    cut: tuple[fx.Node, ...]
+
+    @property
+    def again(self) -> list[Task]:
+        """The tasks that run a second time."""
+        return [t for t in self.tasks if t.again]
+
+
+def schedule_of(joint: JointGraph) -> Schedule:
+    """The schedule of a graph whose plan is written into it, as the halves will run it.
+
+    Raises:
+        PlanError: the graph has no plan.
+    """
+    if joint.cut is None:
+        raise PlanError("the graph has no plan yet; run the 'plan' pass on it first")
+    cut = frozenset(joint.cut)
+    index = Index(joint)
+    needed: set[fx.Node] = set()
+    index.add_ancestors([g for g in joint.gradients if g is not None], needed, cut)
+    builder = Builder(index)
+    builder.add_forward(joint.cut)
+    made: dict[fx.Node, int] = {}
+    for node in joint.graph.nodes:
+        if node.op != "call_function" or ops.is_symbol(node) or node in cut:
+            continue
+        if node in needed or (joint.is_backward(node) and ops.mutates(node)):
+            reads = []
+            for source in ops.tensor_inputs(node):
+                number = made.get(source, builder.at_hand(source))
+                assert number is not None  # what is not kept is needed, and so made before
+                reads.append(number)
+            made[node] = builder.append(Task(node, tuple(reads), again=joint.is_forward(node)))
+    gradients = [made.get(g, builder.at_hand(g)) for g in joint.gradients if g is not None]
+    return builder.finish([g for g in gradients if g is not None])
+
+
+class Index:
+    """What all schedules of one graph have in common, found once.
+
+    Attributes:
+        joint: the graph.
+        inputs: the tensor inputs of every node.
+        forward: the forward nodes that hold tensors, in order.
+        always: those that every forward half runs.
+        outputs: those that the forward returns.
+        tangents: the placeholders of the backward half.
+    """
+
+    def __init__(self, joint: JointGraph) -> None:
+        self.joint = joint
+        self.inputs = {n: tuple(ops.tensor_inputs(n)) for n in joint.graph.nodes}
+        self.forward = [
+            n for n in joint.graph.nodes if joint.is_forward(n) and not ops.is_symbol(n)
+        ]
+        self.outputs = [o for o in joint.forward_outputs if isinstance(o, fx.Node)]
+        self.tangents = [n for n in joint.tangents if not ops.is_symbol(n)]
+        effects = [n for n in self.forward if ops.mutates(n)]
+        self.always: set[fx.Node] = set(joint.primals)
+        self.add_ancestors([*self.outputs, *effects], self.always)
+
+    def add_ancestors(
+        self, roots: Iterable[fx.Node], found: set[fx.Node], stop: Container[fx.Node] = ()
+    ) -> None:
+        """Adds the nodes that the roots are computed from, themselves included.
+
+        Args:
+            roots: where to start.
+            found: the set to extend; what is in it is taken to be complete.
+            stop: nodes whose own inputs are not wanted.
+        """
+        pending = list(roots)
+        while pending:
+            node = pending.pop()
+            if node not in found:
+                found.add(node)
+                if node not in stop:
+                    pending += self.inputs[node]
+
+
+class Builder:
+    """Puts a schedule together: `add_forward`, then `append` each backward task, then `finish`."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self.tasks: list[Task] = []
+        self.boundary = 0
+        self._at_hand: dict[fx.Node, int] = {}
+        self._constants: frozenset[int] = frozenset()
+        self._cut: tuple[fx.Node, ...] = ()
+
+    def add_forward(self, cut: Iterable[fx.Node]) -> None:
+        """Adds placeholders and the forward half that makes outputs and the cut."""
+        index = self.index
+        made: dict[fx.Node, int] = {}
+        self._cut = tuple(cut)
+        needed = set(index.always)
+        index.add_ancestors(self._cut, needed)
+        for node in index.forward:
+            if node in needed:
+                made[node] = self.append(Task(node, tuple([made[n] for n in index.inputs[node]])))
+        constants = [n for n in made if n.op in ("placeholder", "get_attr")]
+        self._constants = frozenset(made[n] for n in constants)
+        self._outputs = [made[o] for o in index.outputs if o in made]
+        self.boundary = len(self.tasks)
+        self._at_hand = {n: made[n] for n in (*self._cut, *constants) if n in made}
+        for node in index.tangents:
+            self._at_hand[node] = self.append(Task(node, ()))
+
+    def at_hand(self, node: fx.Node) -> int | None:
+        """The task whose value the backward may read without doing anything for it."""
+        return self._at_hand.get(node)
+
+    def append(self, task: Task) -> int:
+        """Adds a task; returns its number."""
+        self.tasks.append(task)
+        return len(self.tasks) - 1
+
+    def finish(self, gradients: Iterable[int]) -> Schedule:
+        """The schedule, given the tasks that hold gradients."""
+        kept = frozenset((*self._constants, *self._outputs, *gradients))
+        return Schedule(self.tasks, self.boundary, self._constants, kept, self._cut)

@@ -1,0 +1,281 @@
+"""All the plans worth having for one graph: the front of peak memory against time.
+
+Candidates, each turned into a schedule, simulated for its true peak and timed by the roofline:
+
+1. Plain: what autograd keeps.
+2. Minimum cuts over a sweep of the price of a second of recomputation, with growing classes of
+   operators that may run again: pointwise and row-wise; everything but draws, effects, collectives.
+3. Segments between narrow places of the forward: only what crosses them is kept, or besides it
+   what is dear to compute again. Inside a segment that is computed again all values wait for their
+   reader, or only those that autograd would save and are dear.
+4. Mixtures: up to some boundary the one plan, beyond it the other. The last segments are the first
+   that the backward needs, so it pays least to compute them again.
+5. Local search: a value that is alive at the peak is saved no longer, or a value that costs most to
+   compute again is saved.
+
+The list does not depend on any budget, so that a larger budget never gives a slower plan.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from gtrans.analysis.cost import Device, node_seconds
+from gtrans.analysis.liveness import Liveness, simulate
+from gtrans.analysis.schedule import Schedule, Task
+from gtrans.analysis.workspace import workspaces
+from gtrans.errors import PlanError
+from gtrans.ir import ops
+from gtrans.ir.joint import JointGraph
+from gtrans.ir.sizes import tensor_bytes
+from gtrans.plan.cut import minimum_cut, read_directly
+from gtrans.plan.rebuild import Choice, Rebuilder
+from gtrans.plan.waists import Waists
+
+Allowed = Callable[[fx.Node], bool]
+
+_SEGMENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
+# Prices of a second of recomputation, in saved bytes, relative to (bytes autograd keeps) / (seconds
+# of the forward).
+_PRICES = (0.02, 0.2, 1.0, 4.0)
+_INNER_PRICES = (0.001, 0.2, 1.0)
+# Readers of one recomputed value that are this many backward nodes apart share it.
+_WINDOW = 8
+# Simulations: so many tasks in all, but not fewer or more simulations than this.
+_TASKS, _FEWEST, _MOST = 300_000, 60, 140
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One plan.
+
+    Attributes:
+        label: how it came about.
+        choice: what it saves.
+        peak: simulated peak in bytes, constants included.
+        seconds: predicted time of forward and backward.
+        boundaries: positions of its segments, if it has any.
+    """
+
+    label: str
+    choice: Choice
+    peak: int
+    seconds: float
+    boundaries: tuple[int, ...] = ()
+
+
+class Front:
+    """Finds the candidates of one graph and keeps those that no other one beats.
+
+    Args:
+        joint: the graph, not changed.
+        device: what to predict times for.
+    """
+
+    def __init__(self, joint: JointGraph, device: Device) -> None:
+        self.joint = joint
+        self.rebuilder = Rebuilder(joint)
+        self.candidates: list[Candidate] = []
+        self._seconds = {n: node_seconds(n, device) for n in joint.nodes if n.op == "call_function"}
+        self._offer_seconds = {
+            n: o.passes_over_memory * tensor_bytes(n.meta["val"]) / device.bytes_per_s
+            + device.launch_s
+            for n, o in joint.offers.items()
+        }
+        self._workspaces = workspaces(self._seconds)
+        self._tried: set[Choice] = set()
+        self._plain = frozenset(read_directly(joint))
+        self.waists = Waists(joint, self._plain)
+        nodes = max(1, len(joint.graph.nodes))
+        self.left = max(_FEWEST, min(_MOST, _TASKS // (2 * nodes)))
+        self._search()
+
+    def best(self) -> list[Candidate]:
+        """The candidates that no other beats in both peak and time, fastest first."""
+        front: list[Candidate] = []
+        for c in sorted(self.candidates, key=lambda c: (c.seconds, c.peak)):
+            if not front or c.peak < front[-1].peak:
+                front.append(c)
+        return front
+
+    def schedule(self, candidate: Candidate) -> Schedule:
+        """The schedule of a candidate."""
+        schedule = self.rebuilder.schedule(candidate.choice)
+        assert schedule is not None  # it was simulated
+        return schedule
+
+    def simulate(self, schedule: Schedule) -> Liveness:
+        """The memory of a schedule of this graph."""
+        return simulate(schedule, self._workspaces)
+
+    def seconds(self, schedule: Schedule) -> float:
+        """Predicted time of a schedule."""
+        return sum(map(self._task_seconds, schedule.tasks))
+
+    # ------------------------------------------------------------------ candidates
+
+    def _search(self) -> None:
+        self._try("plain", Choice(self._plain))
+        rate = sum(self._plain_bytes()) / max(sum(self._forward_seconds()), 1e-9)
+        cheap = self._cut(lambda n: _is_cheap(n) or n.target in ops.ROWWISE, 0.3 * rate)
+        held = frozenset((*cheap, *self._plain_dear()))
+        self._segments(held, rate)
+        self._sweep(held, rate)
+        self._mixtures(cheap)
+        self._local_search()
+
+    def _sweep(self, held: frozenset[fx.Node], rate: float) -> None:
+        classes: dict[str, Allowed] = {
+            "row-wise": lambda n: _is_cheap(n) or n.target in ops.ROWWISE,
+            "all": lambda n: True,
+        }
+        for name, allowed in classes.items():
+            for price in _PRICES:
+                save = self._cut(allowed, price * rate)
+                label = f"{name} operators at price {price:g}"
+                self._try(label, Choice(save))
+                hold = held if name == "all" else frozenset()
+                self._try(label, Choice(save, hold, _WINDOW))
+
+    def _segments(self, held: frozenset[fx.Node], rate: float) -> None:
+        seen: set[tuple[int, ...]] = set()
+        for count in _SEGMENTS:
+            at = self.waists.boundaries(count)
+            if not at or at in seen:
+                continue
+            seen.add(at)
+            crossing = frozenset(v for p in at for v in self.waists.values_at(p))
+            for price in _INNER_PRICES:
+                save = self._cut(lambda n: True, price * rate, crossing)
+                label = f"{len(at) + 1} segments at price {price:g}"
+                self._try(label, Choice(save, held, _WINDOW), at)
+                if price == _INNER_PRICES[0]:
+                    self._try(label, Choice(save), at)
+
+    def _mixtures(self, cheap: frozenset[fx.Node]) -> None:
+        segmented = [c for c in self.best() if c.boundaries]
+        steps = max(2, self.left // (4 * max(1, len(segmented))))
+        for low in _spread(segmented, 6):
+            for name, fast in (("cheap", cheap), ("plain", self._plain)):
+                for at in _spread(list(low.boundaries), min(12, steps)):
+                    save = frozenset(
+                        (
+                            *(v for v in low.choice.save if self._at(v) <= at),
+                            *(v for v in fast if self._at(v) > at),
+                            *self.waists.values_at(at),
+                        )
+                    )
+                    hold = low.choice.hold
+                    label = f"{low.label} up to {self.waists.nodes[at].name}, then {name}"
+                    self._try(label, Choice(save, hold, low.choice.window), low.boundaries)
+
+    def _local_search(self) -> None:
+        tried: set[Choice] = set()
+        while self.left > 0:
+            fresh = [c for c in self.best() if c.choice not in tried]
+            if not fresh:
+                return
+            for c in _spread(fresh, 8):
+                tried.add(c.choice)
+                for choice in self._moves(c):
+                    self._try(
+                        c.label.removesuffix(", improved") + ", improved", choice, c.boundaries
+                    )
+
+    def _moves(self, candidate: Candidate) -> Iterator[Choice]:
+        choice, schedule = candidate.choice, self.schedule(candidate)
+        alive = self.simulate(schedule).alive()
+        saved = [
+            a.node for a in alive if a.role == "saved" and not self.rebuilder.must_save(a.node)
+        ]
+        for node in saved[:3]:
+            yield Choice(choice.save - {node}, choice.hold, choice.window)
+            if len(like := frozenset(n for n in saved if _kind(n) == _kind(node))) > 1:
+                yield Choice(choice.save - like, choice.hold, choice.window)
+        waiting = [a.node for a in alive if a.role == "recomputed"]
+        if choice.hold is not None:
+            for node in waiting[:2]:
+                if node in choice.hold:
+                    yield Choice(choice.save, choice.hold - {node}, choice.window)
+        again = sorted(
+            {t.node for t in schedule.again if _is_savable(t.node)},
+            key=lambda n: -self._seconds[n] / max(1, tensor_bytes(n.meta["val"])),
+        )
+        for node in again[:3]:
+            yield Choice(choice.save | {node}, choice.hold, choice.window)
+
+    def _try(self, label: str, choice: Choice, boundaries: tuple[int, ...] = ()) -> None:
+        if choice in self._tried or (self.left <= 0 and self.candidates):
+            return
+        self._tried.add(choice)
+        self.left -= 1
+        try:
+            schedule = self.rebuilder.schedule(choice)
+        except PlanError:  # a cycle through an offer: not a plan
+            return
+        if schedule is not None:
+            peak = self.simulate(schedule).peak
+            self.candidates.append(
+                Candidate(label, choice, peak, self.seconds(schedule), boundaries)
+            )
+
+    def _cut(
+        self, allowed: Allowed, price: float, crossing: frozenset[fx.Node] = frozenset()
+    ) -> frozenset[fx.Node]:
+        def cost(node: fx.Node) -> float | None:
+            if node in crossing:
+                return None
+            if node in self._offer_seconds:
+                return price * self._offer_seconds[node]
+            return price * self._seconds[node] if allowed(node) else None
+
+        return frozenset(minimum_cut(self.joint, cost))
+
+    # ------------------------------------------------------------------ figures
+
+    def _task_seconds(self, task: Task) -> float:
+        if task.offered:
+            return self._offer_seconds[task.node]
+        return self._seconds.get(task.node, 0.0)
+
+    def _plain_bytes(self) -> Iterator[int]:
+        for n in self._plain:
+            if n.op == "call_function":
+                yield tensor_bytes(n.meta["val"])
+
+    def _forward_seconds(self) -> Iterator[float]:
+        return (s for n, s in self._seconds.items() if self.joint.is_forward(n))
+
+    def _plain_dear(self) -> Iterator[fx.Node]:
+        """What autograd keeps and is no cheap operator's result."""
+        return (n for n in self._plain if not _is_cheap(_maker(n)))
+
+    def _at(self, node: fx.Node) -> int:
+        return self.waists.position.get(node, -1)
+
+
+def _spread(items: list[Candidate] | list[int], count: int) -> list:  # type: ignore[type-arg]
+    """Some items of a list, evenly spread, the last one among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[-1 - i * len(items) // count] for i in range(count)][::-1]
+
+
+def _maker(node: fx.Node) -> fx.Node:
+    return node.all_input_nodes[0] if ops.is_getitem(node) else node
+
+
+def _is_cheap(node: fx.Node) -> bool:
+    return ops.is_pointwise(node) or ops.is_fill(node) or node.target in ops.COPIES
+
+
+def _is_savable(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    return hasattr(val, "element_size") and not ops.is_view(node)
+
+
+def _kind(node: fx.Node) -> tuple[object, ...]:
+    val = node.meta.get("val")
+    source = _maker(node)
+    return source.target, tuple(map(str, getattr(val, "shape", ()))), len(source.args)

@@ -1,0 +1,85 @@
+"""What is alive when a step's memory peaks, and which line of the model made it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gtrans.errors import ModelError
+from gtrans.explanation import Explanation
+from gtrans.ir.sizes import human
+from gtrans.ir.source import Location, location
+from gtrans.plan.alive import AliveRow, alive_rows
+
+
+@dataclass(frozen=True)
+class WhyPeak:
+    """The moment of the peak. Printing it gives a table.
+
+    Attributes:
+        peak: bytes in memory then, as predicted.
+        graph: number of the captured graph that runs then.
+        half: "forward" or "backward".
+        node: the node that runs then.
+        location: line of the user's model that it belongs to.
+        held_bytes: by the model's other graphs.
+        workspace_bytes: by the kernel that runs.
+        rows: everything else that is alive, largest first.
+    """
+
+    peak: int
+    graph: int
+    half: str
+    node: str
+    location: Location
+    held_bytes: int
+    workspace_bytes: int
+    rows: tuple[AliveRow, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"peak {human(self.peak)} in the {self.half} of graph {self.graph}, "
+            f"at {self.node} ({self.location})",
+            f"  {'bytes':>12} {'share':>6}  what",
+        ]
+        for row in self.rows:
+            lines.append(f"  {human(row.bytes):>12} {row.bytes / self.peak:6.1%}  {row}")
+        for size, what in (
+            (self.workspace_bytes, "workspace of the kernel that runs"),
+            (self.held_bytes, "held by the model's other graphs"),
+        ):
+            if size:
+                lines.append(f"  {human(size):>12} {size / self.peak:6.1%}  {what}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for `--json`."""
+        rows = [{**asdict(r), "location": str(r.location)} for r in self.rows]
+        flat = {k: v for k, v in vars(self).items() if k not in ("rows", "location")}
+        return {**flat, "location": str(self.location), "rows": rows}
+
+
+def why_peak(explanation: Explanation) -> WhyPeak:
+    """Finds the peak of an explained step over all its graphs.
+
+    Raises:
+        ModelError: nothing that trains was captured.
+    """
+    graphs = [c for c in explanation.training if c.rewritten is not None]
+    if not graphs:
+        raise ModelError("no training graph was captured, so there is no peak to explain")
+    candidates = []
+    for record, liveness in zip(graphs, explanation.liveness, strict=True):
+        assert record.rewritten is not None
+        held = record.rewritten.surroundings.held_bytes
+        candidates.append((liveness.peak + held, held, record, liveness))
+    peak, held, record, liveness = max(candidates, key=lambda c: c[0])
+    rows = tuple(alive_rows(liveness))
+    return WhyPeak(
+        peak=peak,
+        graph=record.index,
+        half="forward" if liveness.peak_task < liveness.schedule.boundary else "backward",
+        node=liveness.peak_node.name,
+        location=location(liveness.peak_node),
+        held_bytes=held,
+        workspace_bytes=peak - held - sum(r.bytes for r in rows),
+        rows=rows,
+    )
