@@ -28,7 +28,7 @@ from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.half import Backend, Half, Role, Runnable
 from gtrans.ir.joint import Input, JointGraph, Signature, Surroundings
 from gtrans.ir.normal_form import normalise
-from gtrans.ir.sizes import tensor_bytes
+from gtrans.ir.sizes import numel, tensor_bytes
 from gtrans.ir.source import readable_path
 from gtrans.pipeline import Gate, Observer, Pipeline, Step
 from gtrans.plan.budget import plain_liveness
@@ -153,7 +153,10 @@ class Compiler:
         assert record.original is not None
         latest = {c.frame: c for c in self.captured if c.training and c.frame < record.frame}
         earlier = list(latest.values())
-        beside = 0
+        # A loss that is computed elsewhere is held with the number that its backward starts from.
+        outputs = [o for o in record.original.forward_outputs if isinstance(o, fx.Node)]
+        has_loss = any(numel(o.meta["val"]) == 1 for o in outputs if not ops.is_symbol(o))
+        beside = 0 if has_loss else _LOSS_BYTES
         if self.resident is not None:
             graphs = [c.original for c in earlier if c.original is not None]
             done = sum(_parameter_bytes(g, trainable=True) for g in (*graphs, record.original))
@@ -401,6 +404,9 @@ def dynamo_backend(
     passes, backend = chosen.pop("passes", "default"), chosen.pop("backend", "inductor")
     compiler = Compiler(Pipeline.parse(passes), backend, mode=mode, options=chosen or None)
     return compiler(module, example_inputs)
+
+
+_LOSS_BYTES = 16
 
 
 def _frame() -> int:

@@ -32,12 +32,16 @@ def replayed_peak(
     saved = {n.name: r for n, r in zip(nodes, results, strict=True) if isinstance(n, fx.Node)}
     by_name = {n.target: v for n, v in zip(_placeholders(forward), inputs, strict=True)}
     arguments = []
+    seeds = []
     for node in _placeholders(backward):
         if node.name in saved or node.target in by_name:
             arguments.append(saved.get(node.name, by_name.get(node.target)))
         else:
-            arguments.append(zeros_like(node.meta["val"]))
-    second = _Counting(backward, [*inputs, *results[:num_outputs]])
+            zeros = zeros_like(node.meta["val"])
+            arguments.append(zeros)
+            if isinstance(zeros, torch.Tensor) and zeros.numel() == 1:
+                seeds.append(zeros)
+    second = _Counting(backward, [*inputs, *results[:num_outputs], *seeds])
     del results, saved, first.env
     second.run(*arguments)
     return max(first.most, second.most)

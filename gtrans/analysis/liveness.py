@@ -3,7 +3,8 @@
 The simulated allocator is the one of the eager backend: a value is allocated when its node runs and
 freed right after the last node that reads it or a view of it. Parameters, buffers and inputs are
 there all the time, outputs stay until the step ends (the caller holds them), and so do gradients
-once they are made. Tangents are freed like any other value: autograd hands them over.
+once they are made. Tangents are freed like any other value, since autograd hands them over, but
+for the one number that `loss.backward()` starts from.
 
     bytes(i) = constants + sum of the storages born at or before i whose last reader is i or later
     peak     = max_i bytes(i) + workspace(i)

@@ -15,6 +15,7 @@ from torch import fx
 from gtrans.errors import PlanError
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
+from gtrans.ir.sizes import numel
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class Schedule:
         tasks: placeholders and calls.
         boundary: number of the first task of the backward half.
         constants: tasks that hold what was in memory before the step: parameters, buffers, inputs.
-        kept: tasks whose values stay alive to the end: constants, outputs, gradients.
+        kept: tasks whose values stay alive to the end: constants, outputs, the
+            seed of the backward, gradients.
         cut: what is kept for the backward, in graph order.
     """
 
@@ -171,5 +173,7 @@ class Builder:
 
     def finish(self, gradients: Iterable[int]) -> Schedule:
         """The schedule, given the tasks that hold gradients."""
-        kept = frozenset((*self._constants, *self._outputs, *gradients))
+        # `loss.backward()` holds the one number that it starts from.
+        seeds = [self._at_hand[n] for n in self.index.tangents if numel(n.meta["val"]) == 1]
+        kept = frozenset((*self._constants, *self._outputs, *seeds, *gradients))
         return Schedule(self.tasks, self.boundary, self._constants, kept, self._cut)
