@@ -87,11 +87,14 @@ class Pass(ABC, Generic[GraphT]):
         works_on: the kind of graph its `run` takes.
         linear: whether the rewritten backward is linear in the incoming cotangent. Accumulating
             gradients over several batches or workers is right only for passes that are.
+        homogeneous: whether four times the cotangent gives four times the gradient. Scaling the
+            loss, as mixed precision does, is right only for passes that are.
     """
 
     name: ClassVar[str]
     knob: ClassVar[Knob]
     linear: ClassVar[bool] = True
+    homogeneous: ClassVar[bool] = True
     works_on: ClassVar[type[JointGraph] | type[ForwardGraph]] = JointGraph
 
     @property

@@ -47,7 +47,7 @@ def chunked_cross_entropy(
     """
     rows = hidden.flatten(0, -2)
     options = (chunks, dtype, ignore_index, mean, smoothing, torch.is_grad_enabled())
-    loss: torch.Tensor = _ChunkedLoss.apply(rows, weight, bias, target, options)
+    loss: torch.Tensor = _ChunkedLoss.apply(rows, weight, bias, target, options)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -10,6 +10,8 @@ What a pass must keep follows from its knob and its contract; no law needs a lin
     any_cut_gives_the_same            every pass that works on joint graphs
     forward_is_unchanged              every knob but operator and parameters
     saves_no_more                     knob residual
+    a_schedule_is_a_permutation       knob schedule
+    homogeneous_in_the_cotangent      passes with `homogeneous = True` (the default)
     linear_in_the_cotangent           passes with `linear = True` (the default)
     special_values_pass_alike         passes that are exact to the bit
     gradient_keeps_the_contract       every pass, by its contract:
@@ -125,9 +127,10 @@ class Case:
         return {p.knob for p in self.pipeline.passes}
 
     def followed_by(self, *more: Pass[Any]) -> Pipeline:
-        """The passes under test, less their plan, and then others."""
+        """The passes under test, less their plan, and then others; last of all, schedules."""
         kept = [p for p in self.pipeline.passes if not isinstance(p, Plan)]
-        return Pipeline((*kept, *more))
+        last = [p for p in kept if p.knob is Knob.SCHEDULE]
+        return Pipeline((*(p for p in kept if p not in last), *more, *last))
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,8 @@ class Entry:
     stats: Stats
     before: str
     after: str
+    nodes_before: str
+    nodes_after: str
     again: str
     held_back: str
     held_back_rewritten: int
@@ -168,6 +173,8 @@ class Log:
                 step.stats,
                 graph_text(before),
                 graph_text(after),
+                _sorted_nodes(before),
+                _sorted_nodes(after),
                 graph_text(again),
                 graph_text(held),
                 steps[0].stats.rewritten,
@@ -347,6 +354,45 @@ def linear_in_the_cotangent(case: Case) -> None:
     )
 
 
+def homogeneous_in_the_cotangent(case: Case) -> None:
+    """bwd(4 u) = 4 bwd(u), also for rules that are not linear.
+
+    Raises:
+        VerifyError: it is not.
+    """
+    passes = case.pipeline.passes
+    if all(p.linear for p in passes) or not all(p.homogeneous for p in passes):
+        return  # linear ones are homogeneous anyway
+    runner = case.wide_candidate
+    one = runner.step(case.seed, Cotangents(((1, 1.0),))).gradients
+    four = runner.step(case.seed, Cotangents(((1, 4.0),))).gradients
+    expected = {name: None if value is None else 4 * value for name, value in one.items()}
+    where = f"{case.pipeline}: not homogeneous in the cotangent: gradient of "
+    require_near(expected, four, where, 1e-9)
+
+
+def a_schedule_is_a_permutation(case: Case) -> None:
+    """A schedule pass keeps every node as it is, and with it every value.
+
+    Raises:
+        VerifyError: a node came, went or reads something else.
+    """
+    _ = case.working
+    for p, entry in ((p, e) for p in case.pipeline.passes for e in case.log.entries):
+        if p.knob is not Knob.SCHEDULE or p.name != entry.name:
+            continue
+        if entry.nodes_before != entry.nodes_after:
+            raise VerifyError(
+                f"pass {p.name!r} edits more than the order:\n"
+                + first_difference(entry.nodes_before, entry.nodes_after)
+            )
+
+
+def _sorted_nodes(graph: Graph) -> str:
+    """Every node by name, whatever the order."""
+    return "\n".join(sorted(f"{n.name} = {n.target} {n.args} {n.kwargs}" for n in graph.nodes))
+
+
 def gradient_keeps_the_contract(case: Case) -> None:
     """Gradients are what the contract of the passes promises.
 
@@ -392,6 +438,8 @@ LAWS: tuple[Callable[[Case], None], ...] = (
     saves_no_more,
     any_cut_gives_the_same,
     linear_in_the_cotangent,
+    homogeneous_in_the_cotangent,
+    a_schedule_is_a_permutation,
     graph_does_not_depend_on_values,
     special_values_pass_alike,
 )

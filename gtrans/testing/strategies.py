@@ -17,7 +17,7 @@ from gtrans.errors import OptionError, did_you_mean
 from gtrans.testing.layers import FEATURES_LAST, IMAGE, SEQUENCE, Coupling, Maker, Residual
 
 Family = Literal["vector", "sequence", "tokens", "image"]
-Ending = Literal["plain", "several", "dictionary", "classify"]
+Ending = Literal["plain", "several", "dictionary", "classify", "loss"]
 
 LAYERS: dict[Family, dict[str, Maker]] = {
     "vector": FEATURES_LAST,
@@ -131,10 +131,11 @@ class RandomModel(nn.Module):
             x = layer(x)
             if i == len(self.layers) // 2:
                 middle = x
-        if self.ending == "classify" and self.classes is not None:
+        if self.ending in ("classify", "loss") and self.classes is not None:
             logits = self.classes(x).flatten(0, -2)
             labels = torch.arange(logits.shape[0], device=x.device) % _VOCABULARY
-            return F.cross_entropy(logits, labels), logits
+            loss = F.cross_entropy(logits, labels)
+            return loss if self.ending == "loss" else (loss, logits)
         y = self.last(x)
         if self.ending == "several":
             return [y.square().mean(), middle.sum() * 0.1, torch.tanh(y).flatten()[0]]
@@ -177,7 +178,7 @@ class Choice:
     """What `models` may draw; the fields are those of `ModelSpec`."""
 
     families: Sequence[Family] = ("vector", "sequence", "tokens", "image")
-    endings: Sequence[Ending] = ("plain", "several", "dictionary", "classify")
+    endings: Sequence[Ending] = ("plain", "several", "dictionary", "classify", "loss")
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64, torch.bfloat16)
     most_layers: int = 5
     without: Sequence[str] = field(default=())
@@ -205,7 +206,7 @@ def layer_lists(family: Family, choice: Choice) -> st.SearchStrategy[tuple[str, 
 
 
 def _models_of(family: Family, choice: Choice) -> st.SearchStrategy[ModelSpec]:
-    endings = [e for e in choice.endings if e != "classify" or family != "image"]
+    endings = [e for e in choice.endings if e not in ("classify", "loss") or family != "image"]
     return st.builds(
         ModelSpec,
         family=st.just(family),

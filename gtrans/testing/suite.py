@@ -48,6 +48,8 @@ def single_layer_models() -> list[ModelSpec]:
             chosen = (name, "scale", _product(family)) if name else ()
             # Eight features: some passes want sizes that fill a byte with bits.
             found.append(ModelSpec(family, chosen, width=8, ending=endings[family]))
+    # Some passes want a loss whose logits nobody else reads.
+    found.append(ModelSpec("tokens", ("tanh",), width=8, ending="loss"))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -94,7 +95,7 @@ def both(
     assert runner.contract == Exact(bitwise=False)
     for name, value in {**expected.outputs, **expected.gradients}.items():
         other = {**found.outputs, **found.gradients}[name]
-        torch.testing.assert_close(other, value, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(other, value, equal_nan=True, msg=name)
     return found
 
 
@@ -222,7 +223,7 @@ def test_saved_bytes_and_peak_lose_the_logits() -> None:
         twin = copy.deepcopy(model)
         saved = kit.Runner(twin, (x, y), Pipeline.parse(passes)).step().saved_bytes
         gtrans.optimize(twin, passes=passes, backend="eager", on_error="raise")
-        figures.append((saved, measured_peak(lambda m=twin: step(m, x, y)).bytes))
+        figures.append((saved, measured_peak(partial(step, twin, x, y)).bytes))
     (plain_saved, plain_peak), (saved, peak) = figures
     assert plain_saved >= logits
     assert saved <= 4 * width * (vocabulary + 4 * count)
