@@ -247,18 +247,17 @@ class _Search:
         return frozenset(seen)
 
     def _ends(self, update: _Update, walk: frozenset[fx.Node]) -> frozenset[fx.Node]:
-        """Sums on the way from x to the branch that add something new to x, and live on."""
+        """Streams on the way from x to the branch: values x is added to, that live on."""
         x = update.stream
-        after = {x}
-        found = set()
+        after, streams = {x}, {x}
         for node in sorted(walk, key=lambda n: self.position[n]):
-            if node is not x and any(n in after for n in inputs_again(node)):
-                after.add(node)
-                if self._is_sum(node) and self._lives_on(node, walk | {update.output}):
-                    a, b = node.args[:2]
-                    if (a in after) != (b in after) or (a is x) != (b is x):
-                        found.add(node)
-        return frozenset(found)
+            if node is x or not any(n in after for n in inputs_again(node)):
+                continue
+            after.add(node)
+            if self._is_sum(node) and any(n in streams or n not in after for n in node.args[:2]):
+                streams.add(node)
+        inside = walk | {update.output}
+        return frozenset(n for n in streams if n is not x and self._lives_on(n, inside))
 
     def _lives_on(self, node: fx.Node, walk: Collection[fx.Node]) -> bool:
         """Whether the value goes somewhere besides the branch."""
@@ -292,7 +291,7 @@ class _Search:
                 elif keeps_zeros(node):
                     rounded.add(node)
         if not cone and update.branch not in at_hand:
-            return _Refusal(5, ALONE)
+            return self._alone(update, walk)
         lists = (frozenset(kept), frozenset(rounded), frozenset(masked))
         return _Plan(update, ends, tuple(cone), *lists)
 

@@ -162,6 +162,9 @@ def is_effect(node: fx.Node) -> bool:
     """Whether the node does something besides computing its result: it must run exactly once."""
     if node.op in ("placeholder", "output"):
         return False
+    op = overload(node)
+    if op is not None and torch.Tag.nondeterministic_seeded in op.tags and not is_random(node):
+        return mutates(node)  # fx takes every operator with this tag for impure
     return mutates(node) or node.is_impure()
 
 
