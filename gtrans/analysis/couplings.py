@@ -9,7 +9,7 @@ streams hold at that moment. Two streams in turn make a reversible residual netw
 triangular couplings of multi-split networks; both are found by the same search.
 
 The search walks the forward backwards and keeps the set of *available* values: the ends of the
-streams, which stay in memory, and every stream value found to be computable from available ones. An
+streams, which stay in memory, and every stream value that is a function of available ones. An
 update is a coupling if walking up from t and stopping at available values does not meet x. Streams
 end at an update whose result is not available: there the other streams of the coupling, which must
 separate x from t, are kept as well.
@@ -261,9 +261,7 @@ class _Search:
 
     def _lives_on(self, node: fx.Node, walk: Collection[fx.Node]) -> bool:
         """Whether the value goes somewhere besides the branch."""
-        return any(
-            (u.op == "output" or u in self.in_forward) and u not in walk for u in node.users
-        )
+        return any((u.op == "output" or u in self.in_forward) and u not in walk for u in node.users)
 
     def _plan(
         self, update: _Update, walk: frozenset[fx.Node], ends: frozenset[fx.Node]
@@ -318,12 +316,13 @@ class _Search:
         kept, summed = x.meta["val"].dtype, y.meta["val"].dtype
         if kept != summed:
             return _Refusal(
-                1, f"precision of the stream ({_name(kept)}) is below its branches ({_name(summed)})"
+                1,
+                f"precision of the stream ({_name(kept)}) is below its branches ({_name(summed)})",
             )
         if kept in _LOW and not self.low_precision:
             return _Refusal(
                 1,
-                f"precision of the stream ({_name(kept)}) is below float32, so errors would add up; "
+                f"precision of the stream ({_name(kept)}) is below float32, where errors add up; "
                 "low_precision=true admits that",
             )
         return None
@@ -334,6 +333,10 @@ class _Search:
 
     def _alone(self, update: _Update, walk: frozenset[fx.Node]) -> _Refusal:
         """Two branches of one value: a projection shortcut, where a stream changes its width."""
+        fixed = next((n for n in walk if is_fixed(n, self.overwritten)), None)
+        if fixed is not None:
+            reason = f"the branch hangs on {_operator(fixed)}, which cannot run again"
+            return _Refusal(2, f"no coupling: {reason} ({location(fixed)})")
         node: fx.Node | None = update.stream
         while node is not None and not ops.is_contraction(node):
             sources = [n for n in ops.tensor_inputs(node) if n in self.activations]
@@ -388,7 +391,8 @@ def _updates(node: fx.Node) -> list[_Update]:
         undo = undo if factor == 1 else partial(undo, alpha=factor)
         found.append(_Update(node, first, second, undo))  # type: ignore[arg-type]
     if isinstance(second, fx.Node) and factor == 1:
-        found.append(_Update(node, second, first, _subtrahend if minus else torch.sub))  # type: ignore[arg-type]
+        undo = _subtrahend if minus else torch.sub
+        found.append(_Update(node, second, first, undo))  # type: ignore[arg-type]
     return found
 
 

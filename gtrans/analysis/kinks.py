@@ -67,4 +67,3 @@ def keeps_zeros(node: fx.Node) -> bool:
     if ops.is_view(node) or ops.is_getitem(node):
         return True
     return node.target in _ZERO_KEEPERS
-

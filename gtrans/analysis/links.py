@@ -85,8 +85,11 @@ def from_parts(node: fx.Node, available: Collection[fx.Node]) -> Offer | None:
     for user in node.users:
         for part in ops.parts(user).values() if user.target in _SPLITS else [user]:
             span = span_of(part)
-            if span is not None and span.whole is node and span.stop > span.start and (
-                part in available
+            if (
+                span is not None
+                and span.whole is node
+                and span.stop > span.start
+                and (part in available)
             ):
                 spans.setdefault((span.dim, span.flat), {})[span.start] = (span.stop, part)
     for (dim, flat), found in spans.items():

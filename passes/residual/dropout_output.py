@@ -61,4 +61,3 @@ class DropoutOutput(SitePass[JointGraph]):
         assert isinstance(p, float)
         parts = ops.parts(site)
         graph.offer(parts[0], drop, x, parts[1], 1 / (1 - p), passes_over_memory=1.5)
-

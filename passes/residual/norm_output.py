@@ -65,4 +65,3 @@ class NormOutput(SitePass[JointGraph]):
         x, weight, bias = site.args[:3]
         parts = ops.parts(site)
         graph.offer(parts[0], normalise, x, parts[1], parts[2], weight, bias)
-

@@ -1,4 +1,4 @@
-"""Reversible: couplings are found in models of many kinds, and rebuilt streams give the gradient."""
+"""Reversible: couplings are found in models of many kinds; rebuilt streams give the gradient."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 
 import gtrans
 from gtrans.analysis.couplings import ALONE, PLAIN
-from gtrans.capture import Captured
+from gtrans.capture import Captured, Compiler, compiled_call
 from gtrans.contract import Close, Exact
 from gtrans.passes.residual.reversible import UNPROFITABLE, Reversible
 from gtrans.pipeline import Gate, Pipeline, Step
@@ -94,7 +94,13 @@ class Streams(nn.Module):
     """
 
     def __init__(
-        self, width: int, depth: int, branch: Branch, splits: int = 2, dim: int = -1, tied: bool = False
+        self,
+        width: int,
+        depth: int,
+        branch: Branch,
+        splits: int = 2,
+        dim: int = -1,
+        tied: bool = False,
     ) -> None:
         super().__init__()
         total = splits * width
@@ -420,7 +426,9 @@ def test_autocast_branches() -> None:
 
 
 def test_float32_drift_is_that_of_rounding() -> None:
-    plain, found, captured = run(Streams(8, 12, Perceptron), torch.randn(16, 16), dtype=torch.float32)
+    plain, found, captured = run(
+        Streams(8, 12, Perceptron), torch.randn(16, 16), dtype=torch.float32
+    )
     require_all_rewritten(captured, 24)
     require_same(plain, found, 2e-6)
     assert captured.contract == Exact(bitwise=False)
@@ -466,7 +474,8 @@ def test_batch_norm_keeps_statistics_only() -> None:
         runner = Runner(Streams(4, depth, NormConv, dim=1), (torch.randn(2, 8, 8, 8),), PIPELINE)
         runner.step()
         kept[depth] = runner.captured[0].saved_bytes
-    statistics = 4 * 4 * 2 * 2 * 2  # bytes, channels, mean and rstd, norms, branches
+    # Four vectors a norm: torch's backward takes the running statistics too, and ignores them.
+    statistics = 4 * 4 * 4 * 2 * 2  # bytes, channels, vectors, norms, branches
     assert kept[4] - kept[2] == 2 * statistics
 
 
@@ -539,9 +548,7 @@ def test_dynamic_batch() -> None:
     model, x = Streams(4, 2, Perceptron), torch.randn(3, 8)
     twin = Streams(4, 2, Perceptron)
     twin.load_state_dict(model.state_dict())
-    gtrans.optimize(
-        twin, passes="reversible,plan", backend="eager", dynamic=True, on_error="raise"
-    )
+    gtrans.optimize(twin, passes="reversible,plan", backend="eager", dynamic=True, on_error="raise")
     for batch in (3, 6):
         x = torch.randn(batch, 8)
         for m in (model, twin):
@@ -603,7 +610,9 @@ class ReadAgain(Streams):
 
 def test_refuses_streams_that_are_read_again() -> None:
     reasons = skipped(ReadAgain(4, 1, Perceptron), torch.randn(3, 8))
-    assert any("no coupling: the stream is read again by mul (test_reversible.py:" in r for r in reasons)
+    assert any(
+        "no coupling: the stream is read again by mul (test_reversible.py:" in r for r in reasons
+    )
 
 
 class Jumps(Streams):
@@ -675,7 +684,9 @@ def test_refuses_where_another_stream_ends() -> None:
     plain, found, captured = run(Ends(), torch.randn(3, 8))
     require_same(plain, found)
     reasons = step_of(captured).stats.skipped
-    assert any(r.startswith("no coupling: another stream ends at test_reversible.py:") for r in reasons)
+    assert any(
+        r.startswith("no coupling: another stream ends at test_reversible.py:") for r in reasons
+    )
 
 
 class Buffered(nn.Module):
@@ -694,17 +705,15 @@ class Buffered(nn.Module):
         return self.inner(centred)
 
 
-def test_values_made_of_overwritten_buffers_are_kept() -> None:
-    plain, found, captured = run(Streams(4, 2, Buffered), torch.randn(8, 8))
-    require_same(plain, found)
-    require_all_rewritten(captured, 4)
+def test_refuses_branches_that_hang_on_an_overwritten_buffer() -> None:
+    reasons = skipped(Streams(4, 2, Buffered), torch.randn(8, 8))
+    expected = "no coupling: the branch hangs on sub, which cannot run again (test_reversible.py:"
+    assert any(r.startswith(expected) for r in reasons), reasons
 
 
 def test_each_coupling_can_be_held_back() -> None:
     model, x = Streams(4, 2, Perceptron), torch.randn(3, 8)
     plain = Runner(model, (x,), None, torch.float64).step()
-    from gtrans.capture import Compiler, compiled_call
-
     for allowed in ([], [1], [1, 2], [1, 2, 3], [2], [4], [1, 4]):
         torch.compiler.reset()
         twin = Streams(4, 2, Perceptron).double()
