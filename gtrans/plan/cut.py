@@ -91,12 +91,13 @@ def read_directly(joint: JointGraph) -> tuple[fx.Node, ...]:
     ]
     pending += [g for g in joint.gradients if g is not None]
     seen: set[fx.Node] = set()
+    late = backward_only(joint)
     while pending:
         source = pending.pop()
         if source in seen or not joint.is_forward(source):
             continue
         seen.add(source)
-        if tag(source).placement is Placement.REBUILT:
+        if tag(source).placement is Placement.REBUILT or source in late:
             pending += ops.tensor_inputs(source)
         else:
             saved[storage_of(source)] = None
@@ -135,7 +136,7 @@ def storage_of(node: fx.Node) -> fx.Node:
     return node
 
 
-def _backward_only(joint: JointGraph) -> set[fx.Node]:
+def backward_only(joint: JointGraph) -> set[fx.Node]:
     """The rebuilt values that no forward output needs, and the forward values made of them."""
     wanted = {n for n in joint.graph.nodes if joint.is_forward(n) and ops.is_effect(n)}
     wanted |= {n for n in joint.forward_outputs if isinstance(n, fx.Node)}
@@ -145,8 +146,9 @@ def _backward_only(joint: JointGraph) -> set[fx.Node]:
     late: set[fx.Node] = set()
     for node in joint.graph.nodes:
         if joint.is_forward(node) and node not in wanted:
-            rebuilt = tag(node).placement is Placement.REBUILT
-            if rebuilt or any(n in late for n in node.all_input_nodes):
+            placement = tag(node).placement
+            follows = placement is Placement.AUTO and any(n in late for n in node.all_input_nodes)
+            if placement is Placement.REBUILT or follows:
                 late.add(node)
     return late
 
@@ -169,15 +171,14 @@ class _Network:
         self.needed = {g for g in joint.gradients if g is not None and joint.is_forward(g)}
         self.made_of_what_they_rebuild = made_of_what_they_rebuild(joint)
         self.overwritten = {storage_of(n.all_input_nodes[0]) for n in self.values if ops.mutates(n)}
-        self.late = _backward_only(joint)
+        self.late = backward_only(joint)
 
     def add(self, node: fx.Node, cost: RecomputeCost) -> None:
         """Adds the edges of one value."""
         v_in, v_out = self.index[node], self.index[node] + 1
         placement = tag(node).placement
         self._edge(v_in, v_out, self._bytes_to_save(node))
-        rebuilt = placement is Placement.AUTO and node in self.late
-        if placement is Placement.REBUILT or rebuilt:
+        if placement is Placement.REBUILT or node in self.late:
             self._edge(v_in, 1, np.inf)
         else:
             price = self._price(node, cost)
