@@ -1,8 +1,8 @@
 """A small Rev-ViT on handwritten digits: memory against depth, with and without `reversible`."""
 
-import matplotlib
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -19,7 +19,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         split = self.qkv(self.norm(x)).unflatten(-1, (3, HEADS, D // HEADS))
-        q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = split.permute(2, 0, 3, 1, 4)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -59,30 +59,23 @@ def train(passes: str, depth: int, x: torch.Tensor, y: torch.Tensor) -> tuple[li
         losses.append(loss.item())
     with torch.profiler.profile(profile_memory=True) as profile:
         F.cross_entropy(model(x[:BATCH]), y[:BATCH]).backward()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    peak = torch.tensor([e.nbytes() for e in events]).cumsum(0).max().item()
-    return losses, peak / 2**20
+    events = profile.profiler.kineto_results.events()
+    alive = torch.tensor([e.nbytes() for e in events if e.name() == "[memory]"]).cumsum(0)
+    return losses, alive.max().item() / 2**20
 
 
 def main() -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     digits = load_digits()
     x, y = torch.tensor(digits.images).float() / 16, torch.tensor(digits.target)
-    peaks: dict[str, list[float]] = {PLAIN: [], REVERSIBLE: []}
+    peaks: list[tuple[float, float]] = []
     print("blocks   plain MiB   reversible MiB   last loss   largest difference of the losses")
     for depth in DEPTHS:
         (plain, high), (rebuilt, low) = (train(p, depth, x, y) for p in (PLAIN, REVERSIBLE))
-        peaks[PLAIN].append(high)
-        peaks[REVERSIBLE].append(low)
+        peaks.append((high, low))
         apart = max(abs(a - b) for a, b in zip(plain, rebuilt, strict=True))
         print(f"{depth:6} {high:11.2f} {low:16.2f} {rebuilt[-1]:11.4f} {apart:12.1e}")
-    for passes, style in ((PLAIN, "o-"), (REVERSIBLE, "s-")):
-        pyplot.plot(DEPTHS, peaks[passes], style, label=passes)
-    pyplot.xlabel("blocks of the Rev-ViT")
-    pyplot.ylabel(f"peak of a step at batch {BATCH}, MiB")
-    pyplot.ylim(bottom=0)
+    pyplot.plot(DEPTHS, peaks, "o-", label=[PLAIN, REVERSIBLE])
+    pyplot.gca().set(xlabel="blocks", ylabel="peak of a training step, MiB", ylim=(0, None))
     pyplot.legend()
     pyplot.savefig("reversible_vit.png", dpi=120)
 

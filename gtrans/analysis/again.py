@@ -47,8 +47,8 @@ def formula(node: fx.Node) -> Offer | None:
 
 def uses_batch_statistics(node: fx.Node) -> bool:
     """Whether the node is a batch norm in training mode."""
-    position = BATCH_NORMS.get(node.target)  # type: ignore[arg-type]
-    return position is not None and node.args[position] is True
+    op = ops.overload(node)
+    return op in BATCH_NORMS and node.args[BATCH_NORMS[op]] is True
 
 
 def is_fixed(node: fx.Node, overwritten: Collection[fx.Node]) -> bool:

@@ -384,6 +384,7 @@ def _updates(node: fx.Node) -> list[_Update]:
         return []
     first, second = node.args[:2]
     factor: Any = ops.argument(node, "alpha", 1)
+    undo: Callable[..., torch.Tensor]
     minus = node.target is aten.sub.Tensor
     found = []
     if isinstance(first, fx.Node):

@@ -16,19 +16,63 @@ aten = torch.ops.aten
 # No property of torch tells these apart: functions with a jump in value or derivative.
 KINKS = frozenset(
     getattr(aten, name)
-    for name in (
-        "relu threshold hardtanh clamp clamp_min clamp_max leaky_relu _prelu_kernel hardswish "
-        "hardsigmoid hardshrink softshrink abs sign sgn floor ceil round trunc maximum minimum max "
-        "min amax amin argmax argmin topk sort median max_pool2d_with_indices "
-        "max_pool3d_with_indices adaptive_max_pool2d eq ne lt le gt ge isnan signbit heaviside"
-    ).split()
+    for name in [
+        "relu",
+        "threshold",
+        "hardtanh",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "leaky_relu",
+        "_prelu_kernel",
+        "hardswish",
+        "hardsigmoid",
+        "hardshrink",
+        "softshrink",
+        "abs",
+        "sign",
+        "sgn",
+        "floor",
+        "ceil",
+        "round",
+        "trunc",
+        "maximum",
+        "minimum",
+        "max",
+        "min",
+        "amax",
+        "amin",
+        "argmax",
+        "argmin",
+        "topk",
+        "sort",
+        "median",
+        "max_pool2d_with_indices",
+        "max_pool3d_with_indices",
+        "adaptive_max_pool2d",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "isnan",
+        "signbit",
+        "heaviside",
+    ]
 )
 _BACKWARD_KINKS = frozenset(
     getattr(aten, name)
-    for name in (
-        "threshold_backward hardtanh_backward leaky_relu_backward _prelu_kernel_backward "
-        "hardswish_backward hardsigmoid_backward hardshrink_backward softshrink_backward"
-    ).split()
+    for name in [
+        "threshold_backward",
+        "hardtanh_backward",
+        "leaky_relu_backward",
+        "_prelu_kernel_backward",
+        "hardswish_backward",
+        "hardsigmoid_backward",
+        "hardshrink_backward",
+        "softshrink_backward",
+    ]
 )
 _ZERO_KEEPERS = frozenset(
     {

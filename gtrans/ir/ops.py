@@ -131,7 +131,7 @@ def is_random(node: fx.Node) -> bool:
     op = overload(node)
     if op is None or torch.Tag.nondeterministic_seeded not in op.tags:
         return False
-    return argument(node, "dropout_p", None) != 0.0
+    return bool(argument(node, "dropout_p", None) != 0.0)
 
 
 def argument(node: fx.Node, name: str, otherwise: Any) -> Any:
