@@ -8,7 +8,7 @@ from torch import nn
 
 import gtrans
 
-D, HEADS, BATCH, DEPTHS, STEPS = 32, 4, 256, (2, 4, 8, 16), 40
+D, HEADS, BATCH, DEPTHS, STEPS = 32, 4, 256, (1, 2, 4, 8), 40
 PLAIN, REVERSIBLE = "plan{recompute=none}", "reversible,plan"
 
 
@@ -24,8 +24,6 @@ class Attention(nn.Module):
 
 
 class RevViT(nn.Module):
-    """Both streams start as the patches; attention updates one from the other, the MLP back."""
-
     def __init__(self, depth: int) -> None:
         super().__init__()
         self.patches, self.position = nn.Linear(4, D), nn.Parameter(torch.randn(16, D) / 10)
@@ -46,7 +44,7 @@ class RevViT(nn.Module):
 
 
 def train(passes: str, depth: int, x: torch.Tensor, y: torch.Tensor) -> tuple[list[float], float]:
-    """Losses of a few steps, and the most MiB alive at once in one more."""
+    # Losses of a few steps, and the most MiB alive at once in one more.
     torch.manual_seed(0)
     model = gtrans.optimize(RevViT(depth), passes=passes, backend="eager")
     optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
@@ -65,8 +63,8 @@ def train(passes: str, depth: int, x: torch.Tensor, y: torch.Tensor) -> tuple[li
 
 
 def main() -> None:
-    digits = load_digits()
-    x, y = torch.tensor(digits.images).float() / 16, torch.tensor(digits.target)
+    x, y = (torch.tensor(a) for a in load_digits(return_X_y=True))
+    x = x.float() / 16
     peaks: list[tuple[float, float]] = []
     print("blocks   plain MiB   reversible MiB   last loss   largest difference of the losses")
     for depth in DEPTHS:
@@ -80,5 +78,4 @@ def main() -> None:
     pyplot.savefig("reversible_vit.png", dpi=120)
 
 
-if __name__ == "__main__":
-    main()
+main()
