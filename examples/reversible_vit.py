@@ -44,7 +44,6 @@ class RevViT(nn.Module):
 
 
 def train(passes: str, depth: int, x: torch.Tensor, y: torch.Tensor) -> tuple[list[float], float]:
-    # Losses of a few steps, and the most MiB alive at once in one more.
     torch.manual_seed(0)
     model = gtrans.optimize(RevViT(depth), passes=passes, backend="eager")
     optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
