@@ -17,7 +17,7 @@ Contract: exact up to rounding: x' is x up to a few units in the last place of t
     coupling, and errors add up over depth; close with `low-precision`.
 Needs: streams in float32 or wider. Dropout masks and batch statistics are those of the forward,
     running statistics are updated once. A plain residual y = x + f(x) cannot be inverted.
-Source: RevNet (arXiv:1707.04585), algorithm 1; multi-split couplings as in arXiv:2105.14669; Rev-ViT,
+Source: RevNet (arXiv:1707.04585), algorithm 1; multi-split as in arXiv:2105.14669; Rev-ViT,
     arXiv:2302.04869. Affine couplings and their drift are not covered.
 """
 
