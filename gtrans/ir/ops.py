@@ -124,9 +124,32 @@ def is_view(node: fx.Node) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether two runs of the node may give different results."""
+    """Whether two runs of the node may give different results.
+
+    Torch tags the fused attention kernels as random whether or not they are asked for dropout.
+    """
     op = overload(node)
-    return op is not None and torch.Tag.nondeterministic_seeded in op.tags
+    if op is None or torch.Tag.nondeterministic_seeded not in op.tags:
+        return False
+    return bool(argument(node, "dropout_p", None) != 0.0)
+
+
+def argument(node: fx.Node, name: str, otherwise: Any) -> Any:
+    """An argument of a call by its name in the operator's schema.
+
+    Args:
+        node: a call of an ATen or custom operator.
+        name: of the argument.
+        otherwise: what to answer if the operator has no such argument; one that is left out has
+            the default of the schema.
+    """
+    op = overload(node)
+    for position, known in enumerate(op._schema.arguments if op is not None else ()):
+        if known.name == name:
+            if name in node.kwargs:
+                return node.kwargs[name]
+            return node.args[position] if position < len(node.args) else known.default_value
+    return otherwise
 
 
 def mutates(node: fx.Node) -> bool:
@@ -139,6 +162,9 @@ def is_effect(node: fx.Node) -> bool:
     """Whether the node does something besides computing its result: it must run exactly once."""
     if node.op in ("placeholder", "output"):
         return False
+    op = overload(node)
+    if op is not None and torch.Tag.nondeterministic_seeded in op.tags and not is_random(node):
+        return mutates(node)  # fx takes every operator with this tag for impure
     return mutates(node) or node.is_impure()
 
 

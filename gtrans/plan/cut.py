@@ -13,7 +13,9 @@ This is project selection, solved exactly as a minimum cut. Each value is split 
     v_out -> end     infinite        a backward node reads v
 
 Views cost nothing to recompute and are never saved themselves (their storage is). Random draws,
-effects and whatever the cost function forbids are never recomputed.
+effects and whatever the cost function forbids are never recomputed. What a pass added for the
+backward alone (`rebuilt`, and no forward output needs it) is computed there, with all that follows
+from it: saving any of it would move the computation into the forward.
 
 Source: the construction is the one of torch's min-cut partitioner plus the recomputation edges of
 project selection (Picard 1976), which torch's lacks.
@@ -89,12 +91,13 @@ def read_directly(joint: JointGraph) -> tuple[fx.Node, ...]:
     ]
     pending += [g for g in joint.gradients if g is not None]
     seen: set[fx.Node] = set()
+    late = backward_only(joint)
     while pending:
         source = pending.pop()
         if source in seen or not joint.is_forward(source):
             continue
         seen.add(source)
-        if tag(source).placement is Placement.REBUILT:
+        if tag(source).placement is Placement.REBUILT or source in late:
             pending += ops.tensor_inputs(source)
         else:
             saved[storage_of(source)] = None
@@ -133,6 +136,23 @@ def storage_of(node: fx.Node) -> fx.Node:
     return node
 
 
+def backward_only(joint: JointGraph) -> set[fx.Node]:
+    """The rebuilt values that no forward output needs, and the forward values made of them."""
+    wanted = {n for n in joint.graph.nodes if joint.is_forward(n) and ops.is_effect(n)}
+    wanted |= {n for n in joint.forward_outputs if isinstance(n, fx.Node)}
+    for node in reversed(joint.graph.nodes):
+        if node in wanted:
+            wanted.update(node.all_input_nodes)
+    late: set[fx.Node] = set()
+    for node in joint.graph.nodes:
+        if joint.is_forward(node) and node not in wanted:
+            placement = tag(node).placement
+            follows = placement is Placement.AUTO and any(n in late for n in node.all_input_nodes)
+            if placement is Placement.REBUILT or follows:
+                late.add(node)
+    return late
+
+
 @dataclass(frozen=True)
 class _Edge:
     start: int
@@ -151,13 +171,14 @@ class _Network:
         self.needed = {g for g in joint.gradients if g is not None and joint.is_forward(g)}
         self.made_of_what_they_rebuild = made_of_what_they_rebuild(joint)
         self.overwritten = {storage_of(n.all_input_nodes[0]) for n in self.values if ops.mutates(n)}
+        self.late = backward_only(joint)
 
     def add(self, node: fx.Node, cost: RecomputeCost) -> None:
         """Adds the edges of one value."""
         v_in, v_out = self.index[node], self.index[node] + 1
         placement = tag(node).placement
         self._edge(v_in, v_out, self._bytes_to_save(node))
-        if placement is Placement.REBUILT:
+        if placement is Placement.REBUILT or node in self.late:
             self._edge(v_in, 1, np.inf)
         else:
             price = self._price(node, cost)

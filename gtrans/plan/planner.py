@@ -24,7 +24,7 @@ from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import human, tensor_bytes
 from gtrans.memory import Budget
 from gtrans.plan.budget import fit
-from gtrans.plan.cut import minimum_cut, read_directly
+from gtrans.plan.cut import backward_only, minimum_cut, read_directly
 from gtrans.plan.realise import realise
 from gtrans.plan.saved import saved_bytes
 from gtrans.rewrite.wires import erase_taps
@@ -72,6 +72,8 @@ class Plan(Pass[JointGraph]):
     def run(self, graph: JointGraph, permitted: Permission) -> Stats:
         """Fixes the cut of the graph."""
         erase_taps(graph)
+        late = backward_only(graph)
+        graph.offers = {v: o for v, o in graph.offers.items() if v not in late}
         plain = read_directly(graph)
         stats = Stats(matched=len(plain))
         if (self.recompute == "none" and self.memory is None) or not permitted("the cut"):

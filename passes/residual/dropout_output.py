@@ -23,6 +23,7 @@ from gtrans.contract import Contract, Exact
 from gtrans.core import Knob, SitePass
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
+from gtrans.runtime.again import drop
 
 aten = torch.ops.aten
 
@@ -59,8 +60,4 @@ class DropoutOutput(SitePass[JointGraph]):
         x, p, _ = site.args
         assert isinstance(p, float)
         parts = ops.parts(site)
-        graph.offer(parts[0], _drop, x, parts[1], 1 / (1 - p), passes_over_memory=1.5)
-
-
-def _drop(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    return x * mask * scale
+        graph.offer(parts[0], drop, x, parts[1], 1 / (1 - p), passes_over_memory=1.5)

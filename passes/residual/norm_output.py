@@ -22,6 +22,7 @@ from gtrans.contract import Contract, Exact
 from gtrans.core import Knob, SitePass
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
+from gtrans.runtime.again import normalise
 
 aten = torch.ops.aten
 
@@ -63,20 +64,4 @@ class NormOutput(SitePass[JointGraph]):
         """Offers the affine map."""
         x, weight, bias = site.args[:3]
         parts = ops.parts(site)
-        graph.offer(parts[0], _normalise, x, parts[1], parts[2], weight, bias)
-
-
-def _normalise(
-    x: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    along = [1, -1] + [1] * (x.dim() - 2)
-    y = (x - mean.view(along)) * rstd.view(along)
-    if weight is not None:
-        y = y * weight.view(along)
-    if bias is not None:
-        y = y + bias.view(along)
-    return y.to(x.dtype)
+        graph.offer(parts[0], normalise, x, parts[1], parts[2], weight, bias)
