@@ -33,6 +33,7 @@ _UNTAGGED_POINTWISE = frozenset(
         aten.elu_backward.default,
         aten.hardshrink_backward.default,
         aten.hardsigmoid_backward.default,
+        aten.hardswish.default,
         aten.hardswish_backward.default,
         aten.hardtanh_backward.default,
         aten.leaky_relu_backward.default,
