@@ -8,6 +8,7 @@ PASSES: dict[str, str] = {
     "dropout-output": "gtrans.passes.residual.dropout_output:DropoutOutput",
     "norm-output": "gtrans.passes.residual.norm_output:NormOutput",
     "cut": "gtrans.passes.wire.cut:Cut",
+    "few-bit": "gtrans.passes.residual.few_bit:FewBit",
     "bit-masks": "gtrans.passes.residual.bit_masks:BitMasks",
     "hoist-recurrent-wgrad": "gtrans.passes.rule.hoist_recurrent_wgrad:HoistRecurrentWgrad",
     "highway-bp": "gtrans.passes.wire.highway_bp:HighwayBP",
