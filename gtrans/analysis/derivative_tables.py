@@ -66,6 +66,7 @@ class Samples:
 
     Attributes:
         edges: [cells + 1], the ends of the cells of [-10, 10].
+        at_edges: [cells + 1], h' there.
         x, h: [cells, points], the quadrature points of every cell and h' there.
         weights: [points], of the quadrature, summing to the width of a cell.
         tails: [2, points], h' far to the left and far to the right; NaN where it overflows.
@@ -73,6 +74,7 @@ class Samples:
     """
 
     edges: Floats
+    at_edges: Floats
     x: Floats
     h: Floats
     weights: Floats
@@ -113,7 +115,7 @@ def sample(derivative: Function) -> Samples:
     h = _at(derivative, x)
     values = _at(derivative, edges)
     low, high = (_extreme(derivative, edges, values, sign) for sign in (-1.0, 1.0))
-    return Samples(edges, x, h, weights * half, tails, low, high)
+    return Samples(edges, values, x, h, weights * half, tails, low, high)
 
 
 def samples_of(activation: Activation) -> Samples | None:
@@ -167,9 +169,16 @@ def nearest_table(samples: Samples, bits: int, weight: Weight = "uniform") -> Ta
     ends, levels, _ = best_steps(prefix[0], prefix[1], prefix[2], 2**bits)
     thresholds = [round(float(samples.edges[i]), 12) for i in ends[1:-1]]
     cells = np.searchsorted(ends, np.arange(_CELLS), side="right") - 1
-    error = samples.h - np.array(levels)[cells][:, None]
-    outside = samples.tails - np.array([[levels[0]], [levels[-1]]])
-    largest = float(np.nanmax(abs(np.concatenate([error.ravel(), outside.ravel()]))))
+    level = np.array(levels)[cells]
+    error = samples.h - level[:, None]
+    # The supremum lies at thresholds, of which either side counts, or far outside.
+    errors = (
+        error,
+        samples.at_edges[:-1] - level,
+        samples.at_edges[1:] - level,
+        samples.tails - level[[0, -1]][:, None],
+    )
+    largest = max(float(np.nanmax(abs(e))) for e in errors)
     return _table(samples, thresholds, levels, error**2, largest)
 
 
