@@ -351,7 +351,7 @@ class _Clipped(torch.autograd.Function):
             "2 bits cannot follow its derivative as closely as promised",
         ),
         (
-            lambda x: functional.gelu(x).t().contiguous().t(),
+            lambda x: (own_activation(x).t() @ torch.ones(4, 4)).t(),
             "",
             "the gradient changes its layout here",
         ),
@@ -409,7 +409,7 @@ def test_composes_with_the_default_passes() -> None:
 
 def test_contracts() -> None:
     assert FewBit().contract == Unbiased(noise=frozenset({"few-bit"}))
-    assert FewBit(bits=3, rounding="nearest").contract == Close(rtol=0.25)
+    assert FewBit(bits=3, rounding="nearest").contract == Close(rtol=0.5)
     assert not any(isinstance(p, FewBit) for p in Pipeline.parse("default").passes)
     with pytest.raises(ContractError, match="pass 'few-bit' is unbiased, weaker than the admitted"):
         gtrans.optimize(Gated(), passes="few-bit,default", allow="close")
@@ -425,7 +425,7 @@ def test_the_promise_of_nearest_fits_common_activations() -> None:
             assert isinstance(promise, Close)
             for weight in ("uniform", "normal"):
                 found = nearest_table(samples, bits, weight).largest  # type: ignore[arg-type]
-                assert found <= promise.rtol
+                assert found <= promise.rtol / 2
 
 
 def test_options() -> None:
