@@ -18,6 +18,7 @@ from gtrans.ir.printer import target_name
 from gtrans.plan.cut import cut_with_substitutes, minimum_cut, recipe, storage_of
 from gtrans.plan.planner import Plan
 from gtrans.plan.saved import saved_bytes
+from gtrans.rewrite.wires import TAP, erase_taps
 
 aten = torch.ops.aten
 
@@ -84,16 +85,18 @@ def keep_what_pays(
     if not candidates:
         return Verdict([])
     trial, twin = _copy(joint)
-    for c in candidates:
+    for c in reversed(candidates):  # the cotangent of one may be the site of another before it
         _let_go(trial, twin[c.site], twin[c.dy])
+    values = {c.site: _unmarked(twin[c.value]) for c in candidates}
+    erase_taps(trial)
     trial.eliminate_dead_code()
-    wanted = [(twin[c.value], c.bytes) for c in candidates]
+    wanted = [(values[c.site], c.bytes) for c in candidates]
     plan = Plan(price=_PRICE)
     kept, forgone = cut_with_substitutes(trial, lambda n: plan.cost(trial, n), wanted)
-    verdict = Verdict([c.site for c in candidates if twin[c.value] in forgone])
+    verdict = Verdict([c.site for c in candidates if values[c.site] in forgone])
     for c in candidates:
-        if twin[c.value] not in forgone:
-            verdict.refused[c.site] = _reason(trial, kept, twin[c.value])
+        if values[c.site] not in forgone:
+            verdict.refused[c.site] = _reason(trial, kept, values[c.site])
     _check(joint, verdict, rewrite)
     return verdict
 
@@ -102,13 +105,12 @@ def _check(
     joint: JointGraph, verdict: Verdict, rewrite: Callable[[JointGraph, fx.Node], None]
 ) -> None:
     """Rolls all back unless the bytes of the plan fall."""
-    verdict.bytes_before = verdict.bytes_after = _planned_bytes(joint)
+    verdict.bytes_before = verdict.bytes_after = _planned_bytes(_copy(joint)[0])
     if not verdict.chosen:
         return
     rewritten, twin = _copy(joint)
     for site in verdict.chosen:
         rewrite(rewritten, twin[site])
-    rewritten.eliminate_dead_code()
     verdict.bytes_after = _planned_bytes(rewritten)
     if verdict.bytes_after >= verdict.bytes_before:
         verdict.refused |= dict.fromkeys(verdict.chosen, NOTHING_SAVED)
@@ -120,6 +122,12 @@ def _copy(joint: JointGraph) -> tuple[JointGraph, dict[fx.Node, fx.Node]]:
     return copy, dict(zip(joint.nodes, copy.nodes, strict=True))
 
 
+def _unmarked(node: fx.Node) -> fx.Node:
+    while node.target is TAP:
+        node = node.all_input_nodes[0]
+    return node
+
+
 def _let_go(trial: JointGraph, site: fx.Node, dy: fx.Node) -> None:
     """Computes a site from its cotangent alone: another value, the same shape, dtype and users."""
     dtype = site.meta["val"].dtype
@@ -127,6 +135,9 @@ def _let_go(trial: JointGraph, site: fx.Node, dy: fx.Node) -> None:
 
 
 def _planned_bytes(joint: JointGraph) -> int:
+    """What the plan keeps of a graph, which is used up."""
+    erase_taps(joint)
+    joint.eliminate_dead_code()
     return saved_bytes(joint, minimum_cut(joint, lambda node: Plan().cost(joint, node)))
 
 

@@ -72,7 +72,7 @@ class FewBit(SitePass[JointGraph]):
 
     @property
     def contract(self) -> Contract:
-        """Unbiased over the rounding, or close with a bound that every table used keeps."""
+        """Unbiased over the rounding, or close, with a bound that every table used keeps."""
         if self.rounding == "stochastic":
             return Unbiased(noise=frozenset({self.name}))
         return Close(rtol=2.0 ** (2 - self.bits))
@@ -89,7 +89,8 @@ class FewBit(SitePass[JointGraph]):
             return "fewer elements than min_numel"
         if _packed_dim(val) is None and not all(isinstance(n, int) for n in val.shape):
             return "its shape is dynamic and no dimension of known size is a multiple of 8"
-        if activation.dy.meta["val"].stride() != site.meta["val"].stride():
+        dx = site.meta["val"]
+        if not dx.is_contiguous() and activation.dy.meta["val"].stride() != dx.stride():
             return "the gradient changes its layout here"
         samples = samples_of(activation)
         if samples is None:
@@ -100,10 +101,8 @@ class FewBit(SitePass[JointGraph]):
             return "its derivative is not bounded"
         if samples.is_piecewise_constant:
             return "piecewise linear: a mask keeps its derivative exactly"
-        if (
-            isinstance(self.contract, Close)
-            and self._table(activation).largest > self.contract.rtol
-        ):
+        promise = self.contract
+        if isinstance(promise, Close) and self._table(activation).largest > promise.rtol / 2:
             return f"{self.bits} bits cannot follow its derivative as closely as promised"
         return None
 
@@ -144,7 +143,8 @@ class FewBit(SitePass[JointGraph]):
         encode = partial(_encode, activation, table, self.bits, dim)
         packed = graph.splice_after(activation.x, encode, activation.x)
         shape = [] if dim is not None else list(val.shape)
-        decode = partial(_scale, table, self.bits, dim, shape)
+        contiguous = site.meta["val"].is_contiguous()
+        decode = partial(_scale, table, self.bits, dim, shape, contiguous, site.meta["val"].dtype)
         before = site.prev
         (dx,) = graph.splice_before(site, decode, activation.dy, *packed)
         while before.next is not site:
@@ -204,12 +204,15 @@ def _scale(
     bits: int,
     dim: int | None,
     shape: list[int],
+    contiguous: bool,
+    dtype: torch.dtype,
     dy: torch.Tensor,
     *packed: torch.Tensor,
 ) -> torch.Tensor:
     codes = unpack_codes(packed, bits, dim, shape)
-    level = _select(codes, table.levels, bits - 1, _wide(dy.dtype))
-    return (dy.to(level.dtype) * level).to(dy.dtype)
+    level = _select(codes, table.levels, bits - 1, _wide(dtype))
+    dx = (dy.to(level.dtype) * level).to(dtype)
+    return dx.contiguous() if contiguous else dx
 
 
 def _select(
