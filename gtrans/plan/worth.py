@@ -18,7 +18,8 @@ from gtrans.ir.printer import target_name
 from gtrans.plan.cut import cut_with_substitutes, minimum_cut, recipe, storage_of
 from gtrans.plan.planner import Plan
 from gtrans.plan.saved import saved_bytes
-from gtrans.rewrite.wires import TAP, erase_taps
+from gtrans.rewrite.wires import erase_taps
+from gtrans.runtime.tap import TAP
 
 aten = torch.ops.aten
 

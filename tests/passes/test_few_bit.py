@@ -457,3 +457,24 @@ def test_the_plan_without_recomputation_keeps_only_the_packed_codes() -> None:
     (captured,) = explain(model, x, after="plan{recompute=none}").captured
     kept = {value.shape for value in captured.saved if value.kind == "activation"}
     assert "f32[4, 16]" not in kept
+
+
+@pytest.mark.inductor
+def test_inductor_computes_the_same_as_eager() -> None:
+    gradients = []
+    for backend in ("inductor", "eager"):
+        torch.manual_seed(0)
+        model = Feedforward(gelu_by_hand)
+        x = torch.randn(4, 8)
+        gtrans.optimize(
+            model,
+            passes="few-bit{min_numel=1,bits=3,rounding=nearest},default",
+            backend=backend,
+            on_error="raise",
+        )
+        model(x).sum().backward()
+        assert stats_of(gtrans.report(model)).rewritten == 1
+        gradients.append(model.a.weight.grad)
+    first, second = gradients
+    assert first is not None
+    torch.testing.assert_close(first, second)
