@@ -9,6 +9,7 @@ PASSES: dict[str, str] = {
     "norm-output": "gtrans.passes.residual.norm_output:NormOutput",
     "cut": "gtrans.passes.wire.cut:Cut",
     "reversible": "gtrans.passes.residual.reversible:Reversible",
+    "few-bit": "gtrans.passes.residual.few_bit:FewBit",
     "bit-masks": "gtrans.passes.residual.bit_masks:BitMasks",
     "hoist-recurrent-wgrad": "gtrans.passes.rule.hoist_recurrent_wgrad:HoistRecurrentWgrad",
     "highway-bp": "gtrans.passes.wire.highway_bp:HighwayBP",

@@ -27,6 +27,22 @@ ROWWISE = frozenset(
     }
 )
 
+# Element by element, yet not tagged so by torch.
+_UNTAGGED_POINTWISE = frozenset(
+    {
+        aten.elu_backward.default,
+        aten.hardshrink_backward.default,
+        aten.hardsigmoid_backward.default,
+        aten.hardswish.default,
+        aten.hardswish_backward.default,
+        aten.hardtanh_backward.default,
+        aten.leaky_relu_backward.default,
+        aten.mish_backward.default,
+        aten.softplus_backward.default,
+        aten.softshrink_backward.default,
+    }
+)
+
 # Copies into another layout, look-ups and fills: pointwise in effect, untagged by torch.
 COPIES = frozenset(
     {
@@ -171,7 +187,7 @@ def is_effect(node: fx.Node) -> bool:
 def is_pointwise(node: fx.Node) -> bool:
     """Whether each output element depends on one element of each (broadcast) input."""
     op = overload(node)
-    return op is not None and torch.Tag.pointwise in op.tags
+    return op is not None and (torch.Tag.pointwise in op.tags or op in _UNTAGGED_POINTWISE)
 
 
 def is_contraction(node: fx.Node) -> bool:

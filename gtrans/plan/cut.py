@@ -63,7 +63,37 @@ def minimum_cut(joint: JointGraph, cost: RecomputeCost) -> tuple[fx.Node, ...]:
     network = _Network(joint)
     for node in network.values:
         network.add(node, cost)
-    return used_by_backward(joint, network.solve())
+    return used_by_backward(joint, network.kept(network.solve()))
+
+
+def cut_with_substitutes(
+    joint: JointGraph, cost: RecomputeCost, substitutes: Iterable[tuple[fx.Node, float]]
+) -> tuple[tuple[fx.Node, ...], frozenset[fx.Node]]:
+    """The minimum cut of a backward that would like some values, but can pay to do without them.
+
+    In the network, v_out -> end gets the price as its capacity instead of an infinite one.
+
+    Args:
+        joint: the graph to cut; its backward does not read the values for this purpose.
+        cost: as for `minimum_cut`.
+        substitutes: values, each with the bytes that are kept if the backward does without it.
+
+    Returns:
+        The values to keep, in graph order (the substitutes not among them), and the values to do
+        without. Where both cost the same, a value is kept.
+
+    Raises:
+        PlanError: what passes fixed cannot be kept.
+    """
+    network = _Network(joint)
+    for node in network.values:
+        network.add(node, cost)
+    wanted = list(substitutes)
+    for node, price in wanted:
+        network.want(node, price)
+    reached = network.solve()
+    forgone = frozenset(n for n, _ in wanted if network.lacks(n, reached))
+    return network.kept(reached), forgone
 
 
 def used_by_backward(joint: JointGraph, cut: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
@@ -188,10 +218,24 @@ class _Network:
         for source in recipe(self.joint, node):
             self._edge(self.index[source] + 1, v_in, np.inf)
 
-    def solve(self) -> tuple[fx.Node, ...]:
-        """Runs maximum flow and reads the cut off the residual network."""
+    def want(self, node: fx.Node, price: float) -> None:
+        """Lets the backward pay for doing without a value."""
+        self._edge(self.index[node] + 1, 1, price)
+
+    def kept(self, reached: set[int]) -> tuple[fx.Node, ...]:
+        """The values that a cut saves."""
+        return tuple(
+            n for n in self.values if self.index[n] in reached and self.index[n] + 1 not in reached
+        )
+
+    def lacks(self, node: fx.Node, reached: set[int]) -> bool:
+        """Whether a cut leaves the backward without a value."""
+        return self.index[node] + 1 in reached
+
+    def solve(self) -> set[int]:
+        """Runs maximum flow; returns what the start reaches in the residual network."""
         if not self.edges:
-            return ()
+            return set()
         finite = sum(e.capacity for e in self.edges if np.isfinite(e.capacity))
         unit = max(finite / _UNITS, 1e-9)
         capacities = [
@@ -213,9 +257,7 @@ class _Network:
         residual.eliminate_zeros()
         reached = set(breadth_first_order(residual, 0, return_predecessors=False).tolist())
         self._require_finite(reached)
-        return tuple(
-            n for n in self.values if self.index[n] in reached and self.index[n] + 1 not in reached
-        )
+        return reached
 
     def _require_finite(self, reached: set[int]) -> None:
         """No infinite edge may be cut; if one is, no choice keeps what passes fixed."""

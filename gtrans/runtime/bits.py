@@ -1,11 +1,18 @@
-"""Eight booleans to a byte, in plain ATen that backends fuse.
+"""Small whole numbers packed into bytes, in plain ATen that backends fuse.
 
-The eight bits of a byte come from eight places that lie far apart along one dimension (places
-k * size/8 + j, k = 0..7), not from neighbours: packing is then eight contiguous reads, ors and one
+The numbers of a byte come from places that lie far apart along one dimension (of bits: places
+k * size/8 + j, k = 0..7), not from neighbours: packing is then a few contiguous reads, ors and one
 contiguous write, which vectorises.
 """
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
+from torch.nn.functional import pad
+
+# Widths that divide a byte, low bits first: three bits are kept as a tensor of two and one of one.
+_FIELDS: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,)}
 
 
 def pack(mask: torch.Tensor, dim: int) -> torch.Tensor:
@@ -18,12 +25,7 @@ def pack(mask: torch.Tensor, dim: int) -> torch.Tensor:
     Returns:
         [*a, n / 8, *b] of uint8.
     """
-    sizes = [*mask.shape[:dim], 8, mask.shape[dim] // 8, *mask.shape[dim + 1 :]]
-    planes = mask.reshape(sizes).to(torch.uint8)
-    packed: torch.Tensor = planes.select(dim, 0)
-    for k in range(1, 8):
-        packed = packed | (planes.select(dim, k) << k)
-    return packed
+    return _pack(mask, 1, dim)
 
 
 def unpack(packed: torch.Tensor, dim: int) -> torch.Tensor:
@@ -36,5 +38,64 @@ def unpack(packed: torch.Tensor, dim: int) -> torch.Tensor:
     Returns:
         [*a, 8 * m, *b] of bool.
     """
-    planes: list[torch.Tensor] = [(packed >> k) & 1 for k in range(8)]
-    return torch.stack(planes, dim).flatten(dim, dim + 1).to(torch.bool)
+    return _unpack(packed, 1, dim).to(torch.bool)
+
+
+def pack_codes(codes: torch.Tensor, bits: int, dim: int | None) -> tuple[torch.Tensor, ...]:
+    """Packs numbers of 1 to 4 bits.
+
+    Args:
+        codes: [*s] of uint8, each below 2**bits.
+        bits: 1, 2, 3 or 4.
+        dim: a dimension whose size is a multiple of 8; None packs the flattened, padded codes.
+
+    Returns:
+        Tensors of uint8 with numel * bits / 8 bytes together, before padding.
+    """
+    if dim is None:
+        codes, dim = pad(codes.reshape(-1), (0, -codes.numel() % 8)), 0
+    packed, shift = [], 0
+    for width in _FIELDS[bits]:
+        field = codes if width == bits else (codes >> shift) & (2**width - 1)
+        packed.append(_pack(field, width, dim))
+        shift += width
+    return tuple(packed)
+
+
+def unpack_codes(
+    packed: Sequence[torch.Tensor], bits: int, dim: int | None, shape: Sequence[int]
+) -> torch.Tensor:
+    """The inverse of `pack_codes`.
+
+    Args:
+        packed: what it returned.
+        bits: as given to it.
+        dim: as given to it.
+        shape: of the codes; read only if dim is None.
+
+    Returns:
+        [*shape] of uint8.
+    """
+    codes, shift = None, 0
+    for width, field in zip(_FIELDS[bits], packed, strict=True):
+        part = _unpack(field, width, 0 if dim is None else dim)
+        codes = part if codes is None else codes | (part << shift)
+        shift += width
+    assert codes is not None
+    return codes if dim is not None else codes[: prod(shape)].reshape(list(shape))
+
+
+def _pack(codes: torch.Tensor, width: int, dim: int) -> torch.Tensor:
+    count = 8 // width
+    sizes = [*codes.shape[:dim], count, codes.shape[dim] // count, *codes.shape[dim + 1 :]]
+    planes = codes.reshape(sizes).to(torch.uint8)
+    packed: torch.Tensor = planes.select(dim, 0)
+    for k in range(1, count):
+        packed = packed | (planes.select(dim, k) << (k * width))
+    return packed
+
+
+def _unpack(packed: torch.Tensor, width: int, dim: int) -> torch.Tensor:
+    low = 2**width - 1
+    planes = [(packed >> (k * width)) & low for k in range(8 // width)]
+    return torch.stack(planes, dim).flatten(dim, dim + 1)

@@ -56,6 +56,19 @@ class Coupling(nn.Module):
         return torch.cat([a, b, c], self.dim)
 
 
+class BeforeFrozen(nn.Module):
+    """An activation whose output nothing keeps: the product that reads it is not trained."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
+        self.down.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(F.gelu(self.up(x)))
+        return y
+
+
 class Perceptron(nn.Module):
     """Widen, activate, narrow."""
 
@@ -245,6 +258,7 @@ FEATURES_LAST: dict[str, Maker] = {
     "linear_without_bias": lambda width: nn.Linear(width, width, bias=False),
     "relu_perceptron": lambda width: Perceptron(width, F.relu),
     "gelu_perceptron": lambda width: Perceptron(width, F.gelu),
+    "gelu_before_frozen": BeforeFrozen,
     "gate": Gate,
     "layer_norm": nn.LayerNorm,
     "rms_norm": nn.RMSNorm,

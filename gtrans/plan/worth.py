@@ -1,0 +1,193 @@
+"""Keep, of the rewrites a pass could do, those that make the plan save fewer bytes.
+
+A pass that swaps an activation for a smaller approximation gains nothing where the activation is
+kept for another operator anyway, or can be computed again from values that are: the backward would
+read the approximation, and the bytes would not fall. Only a plan of the rewritten graph tells.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from gtrans.ir import ops
+from gtrans.ir.joint import JointGraph
+from gtrans.ir.printer import target_name
+from gtrans.plan.cut import cut_with_substitutes, minimum_cut, recipe, storage_of
+from gtrans.plan.planner import Plan
+from gtrans.plan.saved import saved_bytes
+from gtrans.rewrite.wires import erase_taps
+from gtrans.runtime.tap import TAP
+
+aten = torch.ops.aten
+
+NOTHING_SAVED = "the plan would keep no fewer bytes"
+
+# To choose by bytes alone, recomputation is next to free: otherwise a long activation would look
+# better kept in two forms than computed again from its input.
+_PRICE = 1e-6
+_SHOWN = 2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A rewrite that lets the backward do without a forward value.
+
+    Attributes:
+        site: the backward value that is computed in another way.
+        dy: what it is computed from besides.
+        value: the forward value that it needs as long as it is not rewritten.
+        bytes: what is kept in place of the value.
+    """
+
+    site: fx.Node
+    dy: fx.Node
+    value: fx.Node
+    bytes: float
+
+
+@dataclass
+class Verdict:
+    """Which rewrites pay.
+
+    Attributes:
+        chosen: the sites to rewrite, in the order given.
+        refused: why each other site does not pay.
+        bytes_before: what the plan keeps without any of the rewrites.
+        bytes_after: what it keeps with the chosen ones.
+    """
+
+    chosen: list[fx.Node]
+    refused: dict[fx.Node, str] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+def keep_what_pays(
+    joint: JointGraph,
+    candidates: Sequence[Candidate],
+    rewrite: Callable[[JointGraph, fx.Node], None],
+) -> Verdict:
+    """Chooses by one minimum cut, then checks the outcome on a rewritten and planned copy.
+
+    For the cut no candidate's backward reads its value; it pays the bytes of the substitute
+    wherever the value is not to be had.
+
+    Args:
+        joint: the graph; it is not changed.
+        candidates: the rewrites to choose from.
+        rewrite: performs the rewrite at one site of the graph it is given.
+
+    Returns:
+        The verdict. Either its bytes fall, or nothing is chosen.
+    """
+    if not candidates:
+        return Verdict([])
+    trial, twin = _copy(joint)
+    for c in reversed(candidates):  # the cotangent of one may be the site of another before it
+        _let_go(trial, twin[c.site], twin[c.dy])
+    values = {c.site: _unmarked(twin[c.value]) for c in candidates}
+    erase_taps(trial)
+    trial.eliminate_dead_code()
+    wanted = [(values[c.site], c.bytes) for c in candidates]
+    plan = Plan(price=_PRICE)
+    kept, forgone = cut_with_substitutes(trial, lambda n: plan.cost(trial, n), wanted)
+    verdict = Verdict([c.site for c in candidates if values[c.site] in forgone])
+    for c in candidates:
+        if values[c.site] not in forgone:
+            verdict.refused[c.site] = _reason(trial, kept, values[c.site])
+    _check(joint, verdict, rewrite)
+    return verdict
+
+
+def _check(
+    joint: JointGraph, verdict: Verdict, rewrite: Callable[[JointGraph, fx.Node], None]
+) -> None:
+    """Rolls all back unless the bytes of the plan fall."""
+    verdict.bytes_before = verdict.bytes_after = _planned_bytes(_copy(joint)[0])
+    if not verdict.chosen:
+        return
+    rewritten, twin = _copy(joint)
+    for site in verdict.chosen:
+        rewrite(rewritten, twin[site])
+    verdict.bytes_after = _planned_bytes(rewritten)
+    if verdict.bytes_after >= verdict.bytes_before:
+        verdict.refused |= dict.fromkeys(verdict.chosen, NOTHING_SAVED)
+        verdict.chosen, verdict.bytes_after = [], verdict.bytes_before
+
+
+def _copy(joint: JointGraph) -> tuple[JointGraph, dict[fx.Node, fx.Node]]:
+    copy = joint.copy()
+    return copy, dict(zip(joint.nodes, copy.nodes, strict=True))
+
+
+def _unmarked(node: fx.Node) -> fx.Node:
+    while node.target is TAP:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _let_go(trial: JointGraph, site: fx.Node, dy: fx.Node) -> None:
+    """Computes a site from its cotangent alone: another value, the same shape, dtype and users."""
+    dtype = site.meta["val"].dtype
+    trial.replace(site, trial.insert_before(site, aten._to_copy.default, dy, dtype=dtype))
+
+
+def _planned_bytes(joint: JointGraph) -> int:
+    """What the plan keeps of a graph, which is used up."""
+    erase_taps(joint)
+    joint.eliminate_dead_code()
+    return saved_bytes(joint, minimum_cut(joint, lambda node: Plan().cost(joint, node)))
+
+
+def _roots(joint: JointGraph, kept: tuple[fx.Node, ...], value: fx.Node) -> set[fx.Node]:
+    """The kept activations that a value is computed from, itself if it is kept."""
+    roots: set[fx.Node] = set()
+    pending = [value]
+    while pending:
+        node = pending.pop()
+        if node in kept:
+            roots.add(node)
+        elif node.op != "placeholder":
+            pending += recipe(joint, node)
+    return roots
+
+
+def _reason(joint: JointGraph, kept: tuple[fx.Node, ...], value: fx.Node) -> str:
+    """Says which operators of the backward the value, or what it comes from, stays for."""
+    roots = _roots(joint, kept, value)
+    subject = (
+        "x stays saved" if roots == {storage_of(value)} else "x can be had from what stays saved"
+    )
+    readers = _readers(joint, kept, roots)
+    names = [name for name, _ in Counter(target_name(n) for n in readers).most_common(_SHOWN)]
+    return f"{subject} for {' and '.join(names)}; nothing would be saved"
+
+
+def _readers(joint: JointGraph, kept: tuple[fx.Node, ...], roots: set[fx.Node]) -> list[fx.Node]:
+    """The backward nodes that read kept values, or what is computed from them there."""
+    again = _computed_again(joint, kept)
+    readers: dict[fx.Node, None] = {}
+    seen: set[fx.Node] = set()
+    pending = list(roots)
+    while pending:
+        for user in pending.pop().users:
+            if joint.is_backward(user):
+                readers[user] = None
+            elif user in again and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return sorted(readers)
+
+
+def _computed_again(joint: JointGraph, kept: tuple[fx.Node, ...]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = [n for b in joint.nodes if joint.is_backward(b) for n in ops.tensor_inputs(b)]
+    while pending:
+        node = pending.pop()
+        if joint.is_forward(node) and node not in kept and node not in found:
+            found.add(node)
+            pending += recipe(joint, node)
+    return found
