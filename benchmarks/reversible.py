@@ -177,9 +177,7 @@ def main(quick: bool, device: str) -> int:
     first, last = depths[0], depths[-1]
     more, owed = peaks[last] - peaks[first], gradients[last] - gradients[first]
     growth = (more - owed) / peaks[first]
-    print(
-        f"the peak grows by {more / 2**20:.2f} MiB; their gradients {owed / 2**20:.2f}"
-    )
+    print(f"the peak grows by {more / 2**20:.2f} MiB; their gradients {owed / 2**20:.2f}")
     slowest = statistics.median(slower)
     print(f"float64 gradient error {error:.1e}, float32 losses apart by {apart:.1e}")
     print(
