@@ -150,7 +150,7 @@ def is_random(node: fx.Node) -> bool:
     return bool(argument(node, "dropout_p", None) != 0.0)
 
 
-def argument(node: fx.Node, name: str, otherwise: Any) -> Any:
+def argument(node: fx.Node, name: str, otherwise: Any = None) -> Any:
     """An argument of a call by its name in the operator's schema.
 
     Args:
@@ -199,20 +199,6 @@ def is_fill(node: fx.Node) -> bool:
     """Whether the node makes a tensor out of sizes and numbers only (``full``, ``arange``)."""
     op = overload(node)
     return op is not None and not is_random(node) and not tensor_inputs(node)
-
-
-def argument(node: fx.Node, name: str) -> Any:
-    """An argument of an operator by its name in the schema, with its default.
-
-    Raises:
-        KeyError: the operator has no argument of this name.
-    """
-    op = overload(node)
-    for position, declared in enumerate(op._schema.arguments if op is not None else ()):
-        if declared.name == name:
-            given = node.args[position] if position < len(node.args) else node.kwargs.get(name)
-            return declared.default_value if given is None else given
-    raise KeyError(f"{node.target} has no argument {name!r}")
 
 
 def index_bound(node: fx.Node) -> int | torch.SymInt | None:

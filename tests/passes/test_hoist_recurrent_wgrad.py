@@ -24,7 +24,7 @@ class Unrolled(nn.Module):
 
     def __init__(self, kind: type[nn.RNNCellBase], width: int = 5) -> None:
         super().__init__()
-        self.cell = kind(width, width)  # type: ignore[call-arg]
+        self.cell = kind(width, width)  # type: ignore[arg-type]
         self.last = nn.Linear(width, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -40,7 +40,7 @@ class Layer(nn.Module):
 
     def __init__(self, kind: type[nn.RNNBase], width: int = 5) -> None:
         super().__init__()
-        self.layer = kind(width, width, batch_first=True)  # type: ignore[call-arg]
+        self.layer = kind(width, width, batch_first=True)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.layer(x)[0]

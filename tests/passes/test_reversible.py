@@ -490,7 +490,7 @@ def peak(model: nn.Module, x: torch.Tensor, passes: str) -> int:
     with torch.profiler.profile(profile_memory=True) as profile:
         model(x).square().mean().backward()
     alive = highest = 0
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             alive += event.nbytes()
             highest = max(highest, alive)
