@@ -14,7 +14,7 @@ PASSES: dict[str, str] = {
     "hoist-recurrent-wgrad": "gtrans.passes.rule.hoist_recurrent_wgrad:HoistRecurrentWgrad",
     "highway-bp": "gtrans.passes.wire.highway_bp:HighwayBP",
     "narrow-integers": "gtrans.passes.residual.narrow_integers:NarrowIntegers",
-    "guided-relu": "gtrans.passes.rule.guided_relu:GuidedReLU",
+    "guided-relu": "gtrans.passes.rule.guided_relu:GuidedRelu",
     "straight-through": "gtrans.passes.rule.straight_through:StraightThrough",
     "chunked-loss": "gtrans.passes.operator.chunked_loss:ChunkedLoss",
     "late-recompute": "gtrans.passes.schedule.late_recompute:LateRecompute",

@@ -5,6 +5,7 @@
                                                 dx = threshold_backward(up, y, 0)
 
 Shapes: y, dy, up, dx: [*s] of one floating dtype.
+Saves: nothing.
 Costs: one pointwise operator in the backward, which fuses.
 Contract: attribution, dx = relu(dy) * [y > 0]. Not linear in the cotangent, only positively
     homogeneous, so gradients of several batches may not be added up.
@@ -28,7 +29,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class GuidedReLU(SitePass[JointGraph]):
+class GuidedRelu(SitePass[JointGraph]):
     """Rectify the cotangent of every ReLU."""
 
     name: ClassVar[str] = "guided-relu"
