@@ -108,7 +108,7 @@ def _is_column_sum(graph: JointGraph, node: fx.Node) -> bool:
     matrix = total.all_input_nodes[0]
     return (
         matrix.meta["val"].dim() == 2
-        and list(total.args[1:]) == [[0], True]  # type: ignore[comparison-overlap]
+        and list(total.args[1:]) == [[0], True]
         and graph.is_backward(matrix)
     )
 
