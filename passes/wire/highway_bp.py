@@ -12,8 +12,8 @@ through at most k blocks.
 
 Shapes: w[t]: that of the stream, [*s]; nothing that the forward keeps changes.
 Saves: no bytes. The longest chain of products in the backward shrinks from n blocks to k + 1.
-Costs: k * n - k (k + 1) / 2 more cones, without their weight gradients. On one device that is busy
-    already, a step gets slower; the sweeps of one block do not depend on those of its neighbours.
+Costs: k (n - k) blocks are run through once more, without their weight gradients. A device that is
+    busy without that gets slower; what gets shorter is the wait of one block for another.
 Contract: iterative. Points up to k blocks from the loss are exact, so all is exact at k = n, and
     the parameters of a chain whose input wants a gradient as well at k = n - 1. In between the
     error may grow before it falls.

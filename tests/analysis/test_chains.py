@@ -141,6 +141,8 @@ def test_critical_path_of_a_deep_model_before_and_after() -> None:
     after = backward_critical_path(rewritten)
     assert len(after) == 2 * (3 + 1) + 1
     assert all(a < b for a, b in pairwise(after))
+    more = len(rewritten.calls(aten.mm.default)) - len(joint.calls(aten.mm.default))
+    assert more == 2 * 3 * (24 - 3)  # k (n - k) branches of two products run once more
 
 
 def test_critical_path_counts_what_it_is_told_to() -> None:

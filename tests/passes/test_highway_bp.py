@@ -130,6 +130,25 @@ def test_frozen_parameters_and_inputs(flavour: Flavour, frozen: set[int], data: 
             assert max(exact) < 1e-10
 
 
+def test_the_gate_of_a_recurrence_is_a_way_past_the_cell() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.GRU(4, 4, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.layer(x)[0]
+            return y[:, -1]
+
+    torch.manual_seed(0)
+    steps = 7
+    recording, links = _recorded(Gated(), torch.randn(2, steps, 4))
+    assert links == steps - 1  # the first state is a constant
+    worst = [max(_errors(recording, _pipeline(k)).values()) for k in range(links + 1)]
+    assert worst[0] > worst[2] > worst[4] > 1e-10
+    assert worst[links] < 1e-10
+
+
 def test_points_near_the_loss_are_exact_before_the_others() -> None:
     torch.manual_seed(0)
     recording, _ = _recorded(Stream("pre-norm", 6), _input())
