@@ -147,25 +147,8 @@ def is_random(node: fx.Node) -> bool:
     op = overload(node)
     if op is None or torch.Tag.nondeterministic_seeded not in op.tags:
         return False
-    return bool(argument(node, "dropout_p", None) != 0.0)
-
-
-def argument(node: fx.Node, name: str, otherwise: Any) -> Any:
-    """An argument of a call by its name in the operator's schema.
-
-    Args:
-        node: a call of an ATen or custom operator.
-        name: of the argument.
-        otherwise: what to answer if the operator has no such argument; one that is left out has
-            the default of the schema.
-    """
-    op = overload(node)
-    for position, known in enumerate(op._schema.arguments if op is not None else ()):
-        if known.name == name:
-            if name in node.kwargs:
-                return node.kwargs[name]
-            return node.args[position] if position < len(node.args) else known.default_value
-    return otherwise
+    takes_rate = any(a.name == "dropout_p" for a in op._schema.arguments)
+    return bool(not takes_rate or argument(node, "dropout_p") != 0.0)
 
 
 def mutates(node: fx.Node) -> bool:
