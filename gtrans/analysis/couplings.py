@@ -383,7 +383,7 @@ def _updates(node: fx.Node) -> list[_Update]:
     if node.target not in (aten.add.Tensor, aten.sub.Tensor):
         return []
     first, second = node.args[:2]
-    factor: Any = ops.argument(node, "alpha", 1)
+    factor: Any = ops.argument(node, "alpha")
     undo: Callable[..., torch.Tensor]
     minus = node.target is aten.sub.Tensor
     found = []

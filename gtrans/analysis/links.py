@@ -123,11 +123,11 @@ def span_of(node: fx.Node) -> Span | None:
     if not isinstance(size, int):
         return None
     if node.target is aten.select.int:
-        index = ops.argument(node, "index", 0)
+        index = ops.argument(node, "index")
         index = index + size if isinstance(index, int) and index < 0 else index
         return Span(source, dim, index, index + 1, True) if isinstance(index, int) else None
-    start, stop = ops.argument(node, "start", None), ops.argument(node, "end", None)
-    if ops.argument(node, "step", 1) != 1:
+    start, stop = ops.argument(node, "start"), ops.argument(node, "end")
+    if ops.argument(node, "step") != 1:
         return None
     if any(not isinstance(limit, int | None) for limit in (start, stop)):
         return None
@@ -173,25 +173,25 @@ def _inverse(node: fx.Node, source: fx.Node) -> Callable[..., torch.Tensor] | No
         return None
     match node.target:
         case aten.permute.default:
-            dims = [d % before.dim() for d in ops.argument(node, "dims", ())]
+            dims = [d % before.dim() for d in ops.argument(node, "dims")]
             return partial(torch.permute, dims=[dims.index(d) for d in range(len(dims))])
         case aten.transpose.int:
-            first, second = ops.argument(node, "dim0", 0), ops.argument(node, "dim1", 0)
+            first, second = ops.argument(node, "dim0"), ops.argument(node, "dim1")
             return partial(torch.transpose, dim0=first, dim1=second)
         case aten.t.default:
             return torch.t
         case aten.neg.default:
             return torch.neg
         case aten.flip.default:
-            return partial(torch.flip, dims=ops.argument(node, "dims", ()))
+            return partial(torch.flip, dims=ops.argument(node, "dims"))
         case aten.roll.default:
-            back = [-shift for shift in ops.argument(node, "shifts", ())]
-            return partial(torch.roll, shifts=back, dims=ops.argument(node, "dims", ()))
+            back = [-shift for shift in ops.argument(node, "shifts")]
+            return partial(torch.roll, shifts=back, dims=ops.argument(node, "dims"))
         case aten.pixel_shuffle.default:
-            factor = ops.argument(node, "upscale_factor", 1)
+            factor = ops.argument(node, "upscale_factor")
             return partial(torch.pixel_unshuffle, downscale_factor=factor)
         case aten.pixel_unshuffle.default:
-            factor = ops.argument(node, "downscale_factor", 1)
+            factor = ops.argument(node, "downscale_factor")
             return partial(torch.pixel_shuffle, upscale_factor=factor)
         case aten.clone.default:
             return _same
@@ -214,7 +214,7 @@ def _reshaped_to(val: torch.Tensor) -> Callable[..., torch.Tensor] | None:
 def _dim(node: fx.Node, value: fx.Node) -> tuple[int, Any]:
     """The dimension that a split, slice or concatenation works along, and its size."""
     shape = value.meta["val"].shape
-    dim = ops.argument(node, "dim", 0) % len(shape)
+    dim = ops.argument(node, "dim") % len(shape)
     return dim, shape[dim]
 
 
