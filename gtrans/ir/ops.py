@@ -14,7 +14,14 @@ from torch import fx
 aten = torch.ops.aten
 
 # No property tells these apart: they return an alias but their schema does not say so.
-_UNDECLARED_VIEWS = frozenset({aten._unsafe_view.default})
+_UNDECLARED_VIEWS = frozenset(
+    {
+        aten._unsafe_view.default,
+        aten.unsafe_split.Tensor,
+        aten.unsafe_split_with_sizes.default,
+        aten.unsafe_chunk.default,
+    }
+)
 
 # Row-wise normalisations and softmaxes. Not tagged pointwise by torch, yet each costs one pass
 # over its input and fuses like a pointwise op, so recomputing them is as cheap.
