@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -130,6 +130,7 @@ def verify(
     backend: str = "eager",
     loss: Loss | None = None,
     seed: int = 0,
+    each: bool = False,
     **keyword_inputs: Any,
 ) -> Verification:
     """Compares outputs, every gradient and every buffer with those of the untouched model.
@@ -147,6 +148,8 @@ def verify(
         loss: makes a scalar of the output; by default `output.loss`, or else a fixed random
             weighting of all floating outputs.
         seed: seed of the random state.
+        each: compare after every pass rather than after the last, and name the first pass after
+            which the step is wrong.
         keyword_inputs: its keyword inputs.
 
     Raises:
@@ -155,7 +158,15 @@ def verify(
         GTransError: a pass failed.
     """
     pipeline = Pipeline.parse(passes).without(skip)
-    return compare(model, inputs, keyword_inputs, pipeline, backend=backend, loss=loss, seed=seed)
+    first = 1 if each and pipeline.passes else len(pipeline.passes)
+    for count in range(first, len(pipeline.passes) + 1):
+        part = Pipeline(pipeline.passes[:count])
+        result = compare(
+            model, inputs, keyword_inputs, part, backend=backend, loss=loss, seed=seed
+        )
+        if each and not result.ok:
+            return replace(result, notes=(*result.notes, f"first wrong after {part.passes[-1]}"))
+    return result
 
 
 def compare(

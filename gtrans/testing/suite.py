@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from gtrans.core import Pass
-from gtrans.errors import VerifyError
+from gtrans.errors import OptionError, VerifyError
 from gtrans.ir.joint import JointGraph
 from gtrans.pipeline import Pipeline
 from gtrans.testing.laws import as_pipeline, check_pass
@@ -22,13 +22,20 @@ _MOST_LAYERS_AT_ONCE = 9
 
 
 def at_any_size(passes: "str | Pass[Any] | Pipeline") -> Pipeline:
-    """The same passes with every option `min_...` at 1, so that they act on small models too."""
-    return Pipeline(
-        tuple(
-            replace(p, **{f.name: 1 for f in fields(p) if f.name.startswith("min_")})  # type: ignore[arg-type,type-var]
-            for p in as_pipeline(passes).passes
-        )
-    )
+    """The same passes with every option `min_...` as small as they admit, for small models."""
+    return Pipeline(tuple(_smallest(p) for p in as_pipeline(passes).passes))
+
+
+def _smallest(p: Pass[Any]) -> Pass[Any]:
+    for f in fields(p):  # type: ignore[arg-type]  # every pass is a dataclass
+        if f.name.startswith("min_"):
+            for least in (1, 2):
+                try:
+                    p = replace(p, **{f.name: least})  # type: ignore[type-var]
+                    break
+                except OptionError:
+                    continue
+    return p
 
 
 def single_layer_models() -> list[ModelSpec]:
@@ -58,12 +65,22 @@ def models_it_rewrites(passes: "str | Pass[Any] | Pipeline") -> list[ModelSpec]:
     pipeline = at_any_size(passes)
     if any(p.works_on is not JointGraph or type(p).mark is not Pass.mark for p in pipeline.passes):
         return [spec for spec in single_layer_models() if _rewrites_when_captured(pipeline, spec)]
-    found = []
-    for spec in single_layer_models():
-        steps = [s for graph in _originals(spec) for s in pipeline.run(graph)[1]]
-        if any(s.stats.rewritten for s in steps):
-            found.append(spec)
-    return found
+    found = [s for s in single_layer_models() if _rewrites(pipeline, s)]
+    return found or [s for s in deep_models() if _rewrites(pipeline, s)]
+
+
+def _rewrites(pipeline: Pipeline, spec: ModelSpec) -> bool:
+    steps = [s for graph in _originals(spec) for s in pipeline.run(graph)[1]]
+    return any(s.stats.rewritten for s in steps)
+
+
+def deep_models() -> list[ModelSpec]:
+    """Models for passes that look for many layers in a row: streams, couplings, recurrences."""
+    return [
+        ModelSpec("vector", ("residual(layer_norm,linear,gelu)",) * 5, width=8),
+        ModelSpec("vector", ("coupling(linear,tanh)",) * 5, width=8),
+        ModelSpec("sequence", ("loop", "linear_without_bias"), width=8),
+    ]
 
 
 def pass_tests(
@@ -96,7 +113,8 @@ def pass_tests(
         if must_rewrite and not built_to_match:
             raise VerifyError(
                 f"{pipeline} rewrites nothing in any of {len(single_layer_models())} models with "
-                "one layer each, so no law was tested; see gtrans.testing.LAYERS for what they hold"
+                f"one layer each, nor in {len(deep_models())} deep ones, so no law was tested; see "
+                "gtrans.testing.LAYERS for what they hold"
             )
         for spec in _few(built_to_match, max_matching):
             _check(pipeline, spec)

@@ -7,8 +7,7 @@
                                               dw  = b(dy, inside f', g')
 
 Found in any model by `gtrans.analysis.couplings`: two streams or n of them, sums and differences,
-with split, cat, view, permute and the like in between. Copies stand right before their first reader
-in the backward, so that one branch at a time is in memory.
+with split, cat, view, permute in between. Copies stand right before their first backward reader.
 
 Saves: everything inside the branches and all stream values but the last: what is kept does not
     grow with the number of couplings. Checked in `tests/passes/test_reversible.py`.
@@ -43,8 +42,7 @@ aten = torch.ops.aten
 
 UNPROFITABLE = "keeping the ends of the streams takes as much memory as rebuilding them frees"
 
-# An estimate, not a bound: bfloat16 streams drift by about 1e-2 over 12 couplings with branches of
-# unit gain (tests/passes/test_reversible.py), in proportion to depth, and more where branches amplify.
+# An estimate: the tests measure about 1e-2 on 12 couplings; it grows with depth and branch gain.
 _LOW_PRECISION_RTOL = 0.1
 
 Recipes = dict[fx.Node, Offer | None]

@@ -1,0 +1,27 @@
+"""`verify(..., each=True)` names the first pass after which the step is wrong."""
+
+import torch
+from torch import nn
+
+import gtrans
+from gtrans.passes.residual.bit_masks import BitMasks
+from gtrans.passes.residual.relu_mask import ReluMask
+from tests.faulty_passes import Scaled
+
+
+def test_the_first_wrong_pass_is_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4, bias=False))
+    x = torch.randn(6, 8)
+    passes = gtrans.Pipeline((ReluMask(min_numel=1), Scaled(), BitMasks(min_numel=1)))
+    result = gtrans.verify(model, x, passes=passes, each=True)
+    assert not result.ok
+    assert result.notes[-1] == "first wrong after scaled"
+    assert "first wrong after scaled" in str(result)
+
+
+def test_a_right_pipeline_is_compared_to_its_end() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(6, 8)
+    result = gtrans.verify(model, x, each=True)
+    assert result.ok
+    assert not result.notes
