@@ -3,6 +3,7 @@
 This file and `backends/` are the only places that import private modules of torch.
 """
 
+import gc
 import inspect
 import logging
 import time
@@ -178,6 +179,18 @@ class Compiler:
                 )
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Pauses Python's cycle collector: over a growing graph its passes take superlinear time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 @dataclass
 class _Job:
     """The compilation of one captured graph."""
@@ -193,6 +206,12 @@ class _Job:
         self, module: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """AOTAutograd's `partition_fn`: rewrite the joint graph, then split it."""
+        with _without_collection():
+            return self._partition(module, joint_inputs, num_fwd_outputs)
+
+    def _partition(
+        self, module: fx.GraphModule, joint_inputs: Any, num_fwd_outputs: int
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         start = time.perf_counter()
         record = self.record
         record.training = True

@@ -161,9 +161,7 @@ def verify(
     first = 1 if each and pipeline.passes else len(pipeline.passes)
     for count in range(first, len(pipeline.passes) + 1):
         part = Pipeline(pipeline.passes[:count])
-        result = compare(
-            model, inputs, keyword_inputs, part, backend=backend, loss=loss, seed=seed
-        )
+        result = compare(model, inputs, keyword_inputs, part, backend=backend, loss=loss, seed=seed)
         if each and not result.ok:
             return replace(result, notes=(*result.notes, f"first wrong after {part.passes[-1]}"))
     return result

@@ -26,12 +26,13 @@ def check_joint(joint: JointGraph, original: JointGraph | None = None) -> None:
         GraphError: a rule is broken; the message names the node and its source line.
     """
     _lint(joint.graph)
+    tangents = set(joint.tangents)
     for node in joint.graph.nodes:
         if node.op == "output":
             continue
         if node.op != "get_attr" and "val" not in node.meta:
             raise GraphError(f"node {node.name} ({location(node)}) has no recorded value")
-        backward = node in joint.tangents or any(joint.is_backward(n) for n in node.all_input_nodes)
+        backward = node in tangents or any(joint.is_backward(n) for n in node.all_input_nodes)
         if joint.is_backward(node) is not backward:
             raise GraphError(
                 f"node {node.name} ({location(node)}) is tagged {tag(node).side.value} but "

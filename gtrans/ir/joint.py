@@ -154,6 +154,7 @@ class JointGraph:
             )
         self.primals: tuple[fx.Node, ...] = tuple(placeholders[:count])
         self.tangents: tuple[fx.Node, ...] = tuple(placeholders[count:])
+        self._position_of = {primal: i for i, primal in enumerate(self.primals)}
         self._tag_new_nodes()
 
     # ------------------------------------------------------------------ reading
@@ -197,13 +198,14 @@ class JointGraph:
 
     def input_of(self, primal: fx.Node) -> Input:
         """What a primal is in the user's model."""
-        return self.signature.inputs[self.primals.index(primal)]
+        return self.signature.inputs[self._position_of[primal]]
 
     def gradient_of(self, primal: fx.Node) -> fx.Node | None:
         """The node that holds the gradient of a primal, if there is one."""
-        index = self.primals.index(primal)
-        gradients = self.gradients
-        return gradients[index] if index < len(gradients) else None
+        position = self.signature.num_forward_outputs + self._position_of[primal]
+        outputs: Any = self.output.args[0]
+        gradient = outputs[position] if position < len(outputs) else None
+        return gradient if isinstance(gradient, fx.Node) else None
 
     def is_forward(self, node: object) -> bool:
         """Whether the argument is a node that depends on no tangent."""
@@ -270,6 +272,16 @@ class JointGraph:
         """Inserts a call right before a node and fills in its value, tag and source line."""
         with self.graph.inserting_before(anchor):
             return self._call(anchor, target, args, kwargs)
+
+    def repeat_before(
+        self, anchor: fx.Node, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> fx.Node:
+        """Inserts the call of a node once more, on arguments of the same shapes and dtypes."""
+        with self.graph.inserting_before(anchor):
+            again = self.graph.create_node(node.op, node.target, args, kwargs)
+        again.meta = {**node.meta, TAG: Tag(Side.FORWARD, tag(node).region, made_by=self.author)}
+        self._retag(again)
+        return again
 
     def splice_before(
         self, anchor: fx.Node, function: Callable[..., Any], *args: Any

@@ -110,10 +110,7 @@ class _Writer:
         node = task.node
         swap = dict(zip(ops.tensor_inputs(node), reads, strict=True))
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: swap.get(n, n))
-        again = self.joint.insert_before(reader, node.target, *args, **kwargs)  # type: ignore[arg-type]
-        for key in ("stack_trace", "nn_module_stack", "seq_nr", "val"):
-            if key in node.meta:
-                again.meta[key] = node.meta[key]
+        again = self.joint.repeat_before(reader, node, args, kwargs)
         self._mark(again)
         return again
 
