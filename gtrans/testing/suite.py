@@ -77,7 +77,7 @@ def _rewrites(pipeline: Pipeline, spec: ModelSpec) -> bool:
 def deep_models() -> list[ModelSpec]:
     """Models for passes that look for many layers in a row: streams, couplings, recurrences."""
     return [
-        ModelSpec("vector", ("residual(layer_norm,linear,gelu)",) * 5, width=8),
+        ModelSpec("vector", ("residual(layer_norm,linear,gelu)",) * 9, width=8),
         ModelSpec("vector", ("coupling(linear,tanh)",) * 5, width=8),
         ModelSpec("sequence", ("loop", "linear_without_bias"), width=8),
     ]

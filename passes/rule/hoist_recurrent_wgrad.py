@@ -100,9 +100,9 @@ def _is_product(graph: JointGraph, node: fx.Node) -> bool:
 
 def _is_column_sum(graph: JointGraph, node: fx.Node) -> bool:
     """Whether a term is the sum of the rows of a matrix, as autograd writes it for a bias."""
-    total = node.args[0]
     if node.target is not aten.view.default or len(node.users) != 1:
         return False
+    total = node.args[0]
     if not isinstance(total, fx.Node) or total.target is not aten.sum.dim_IntList:
         return False
     matrix = total.all_input_nodes[0]
