@@ -22,7 +22,7 @@ from gtrans.pipeline import Gate, Pipeline, make_pass, parse_option
 from gtrans.plan.planner import Plan
 from gtrans.registry import registered
 from gtrans.testing import graph_text
-from tests import faulty_passes as faulty
+from tests import wrong_passes as wrong
 from tests.ir.graphs import Written, joint_with
 
 aten = torch.ops.aten
@@ -147,9 +147,9 @@ def test_make_pass_needs_known_options() -> None:
 @pytest.mark.parametrize(
     ("p", "error", "message"),
     [
-        (faulty.Raises(), PassError, "pass 'raises' failed with ZeroDivisionError: on purpose"),
-        (faulty.Breaks(), GraphError, "pass 'breaks' failed: forward output"),
-        (faulty.WrongType(), GraphError, "pass 'wrong-type' failed: output 1 changed from"),
+        (wrong.Raises(), PassError, "pass 'raises' failed with ZeroDivisionError: on purpose"),
+        (wrong.Breaks(), GraphError, "pass 'breaks' failed: forward output"),
+        (wrong.WrongType(), GraphError, "pass 'wrong-type' failed: output 1 changed from"),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -167,7 +167,7 @@ def test_a_failing_pass_is_named_and_the_graph_stays(
     assert graph_text(joint) == before
 
 
-@pytest.mark.parametrize("p", [faulty.Raises(), faulty.Breaks()], ids=lambda p: p.name)
+@pytest.mark.parametrize("p", [wrong.Raises(), wrong.Breaks()], ids=lambda p: p.name)
 def test_a_model_trains_on_without_a_pass_that_fails(
     p: Pass[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -184,7 +184,7 @@ def test_a_model_trains_on_without_a_pass_that_fails(
         assert torch.equal(q.grad, g)
 
 
-@pytest.mark.parametrize("p", [faulty.Raises(), faulty.Breaks()], ids=lambda p: p.name)
+@pytest.mark.parametrize("p", [wrong.Raises(), wrong.Breaks()], ids=lambda p: p.name)
 def test_a_pass_that_fails_can_be_an_error(p: Pass[Any]) -> None:
     model = Written(torch.relu)
     install(model, Compiler(Pipeline((p,)), "eager", skip_failures=False))
@@ -198,7 +198,7 @@ def test_a_pass_that_fails_can_be_an_error(p: Pass[Any]) -> None:
 def test_rewrites_are_numbered_and_can_be_held_back_one_by_one() -> None:
     joint = joint_with(torch.relu)
     everything = Gate()
-    pipeline = Pipeline((faulty.Scaled(),))
+    pipeline = Pipeline((wrong.Scaled(),))
     pipeline.run(joint, gate=everything)
     assert [r.number for r in everything.seen] == [1, 2]
     assert str(everything.seen[0]).startswith("#1 scaled at mm")

@@ -78,12 +78,12 @@ def plug_in(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
 
 
 def test_a_plug_in_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    plug_in(monkeypatch, "scaled", "tests.faulty_passes:Scaled")
+    plug_in(monkeypatch, "scaled", "tests.wrong_passes:Scaled")
     assert load_pass("scaled").name == "scaled"
 
 
 def test_two_owners_of_a_name_are_an_error_that_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    plug_in(monkeypatch, "relu-mask", "tests.faulty_passes:Scaled")
+    plug_in(monkeypatch, "relu-mask", "tests.wrong_passes:Scaled")
     with pytest.raises(PassError, match=r"two owners of 'relu-mask'.*ReluMask and tests.faulty"):
         pass_table()
 

@@ -12,7 +12,7 @@ from gtrans.core import Pass
 from gtrans.errors import GTransError, OptionError, VerifyError
 from gtrans.pipeline import Pipeline
 from gtrans.testing import laws
-from tests import faulty_passes as wrong
+from tests import wrong_passes as wrong
 
 SPEC = kit.ModelSpec(
     layers=("relu", "linear", "tanh", "residual(linear,gelu)", "dropout", "linear"), width=5

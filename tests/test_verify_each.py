@@ -6,7 +6,7 @@ from torch import nn
 import gtrans
 from gtrans.passes.residual.bit_masks import BitMasks
 from gtrans.passes.residual.relu_mask import ReluMask
-from tests.faulty_passes import Scaled
+from tests.wrong_passes import Scaled
 
 
 def test_the_first_wrong_pass_is_named() -> None:

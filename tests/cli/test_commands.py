@@ -401,7 +401,7 @@ def test_what_fails_inside_exits_with_3(run: Run, model_file: str, wrong_passes:
 
     text = run("explain", f"{model_file}:make_gelu", *options, code=3).stderr
 
-    assert "error: pass 'raises' failed with ZeroDivisionError: no factor" in text
+    assert "error: pass 'raises' failed with ZeroDivisionError: on purpose" in text
 
 
 def test_a_bug_of_ours_exits_with_3_and_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
