@@ -84,7 +84,7 @@ def test_a_plug_in_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_two_owners_of_a_name_are_an_error_that_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
     plug_in(monkeypatch, "relu-mask", "tests.wrong_passes:Scaled")
-    with pytest.raises(PassError, match=r"two owners of 'relu-mask'.*ReluMask and tests.faulty"):
+    with pytest.raises(PassError, match=r"two owners of 'relu-mask'.*ReluMask and tests.wrong"):
         pass_table()
 
 
