@@ -132,8 +132,15 @@ def explain(
         BudgetError: no plan keeps the step under the budget; says how near one comes.
         ModelError: the model has no trainable parameters, or does not accept the inputs.
     """
+    return explained(model, inputs, keyword_inputs, planned(passes, skip, memory))
+
+
+def explained(
+    model: nn.Module, inputs: Sequence[Any], keyword_inputs: dict[str, Any], pipeline: Pipeline
+) -> Explanation:
+    """`explain` with a ready pipeline."""
     require_trainable(model)
-    compiler = Compiler(planned(passes, skip, memory), "eager", skip_failures=False)
+    compiler = Compiler(pipeline, "eager", skip_failures=False)
     compiler.resident = Resident.of(model)
     capture(model, compiler, inputs, keyword_inputs)
     return Explanation(compiler.pipeline, compiler.captured)

@@ -227,11 +227,13 @@ class _Job:
         )
         self.owner._warn(record.steps)
         assert isinstance(rewritten, JointGraph)
+        plan = [p for p in self.owner.pipeline.passes if isinstance(p, Plan)][-1]
         if rewritten.cut is None:  # the plan itself failed, or a pass ran after it
-            Plan(recompute="none").run(rewritten, lambda site: True)
+            plan = Plan(recompute="none")
+            plan.run(rewritten, lambda site: True)
         assert rewritten.cut is not None
         record.rewritten = rewritten
-        record.saved = saved_values(rewritten, rewritten.cut)
+        record.saved = saved_values(rewritten, rewritten.cut, plan.why_kept)
         record.saved_bytes = saved_bytes(rewritten, rewritten.cut)
         record.saved_bytes_before = saved_bytes(joint, read_directly(joint))
         halves = split(rewritten)

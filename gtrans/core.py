@@ -5,7 +5,7 @@ A pass neither copies, lints, logs, times, counts nor compares; the pipeline doe
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import ClassVar, Generic, TypeVar
@@ -16,6 +16,7 @@ from gtrans.contract import Contract
 from gtrans.errors import OptionError
 from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.joint import JointGraph
+from gtrans.ir.source import Location, location
 
 
 class Knob(Enum):
@@ -44,6 +45,15 @@ _LAWS = {
 }
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """One place that a pass left as it is: why, its node, and the line of the user's model."""
+
+    reason: str
+    site: str
+    location: Location
+
+
 @dataclass
 class Stats:
     """What a pass did: "matched 0" must be visible, and so must every reason for not rewriting.
@@ -55,6 +65,7 @@ class Stats:
         notes: sentences for the report, such as a figure the pass chose.
         contract: the contract of what was done to this graph, where it says more than the pass can
             promise of any graph.
+        refused: the places behind `skipped`, as far as the pass named them.
     """
 
     matched: int = 0
@@ -62,6 +73,17 @@ class Stats:
     skipped: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     contract: Contract | None = None
+    refused: list[Refusal] = field(default_factory=list)
+
+    def refuse(self, site: fx.Node, reason: str) -> None:
+        """Counts a place that stays as it is, and remembers where in the user's model it is."""
+        self.skipped[reason] += 1
+        self.refused.append(Refusal(reason, site.name, location(site)))
+
+    def refuse_all(self, sites: Mapping[fx.Node, str]) -> None:
+        """`refuse` for several places, each with its reason."""
+        for site, reason in sites.items():
+            self.refuse(site, reason)
 
     def __str__(self) -> str:
         text = f"matched {self.matched}, rewrote {self.rewritten}"
@@ -158,7 +180,7 @@ class SitePass(Pass[GraphT]):
             if reason is None and not permitted(site.name):
                 reason = HELD_BACK
             if reason is not None:
-                stats.skipped[reason] += 1
+                stats.refuse(site, reason)
                 continue
             self.rewrite(graph, site)
             stats.rewritten += 1

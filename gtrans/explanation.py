@@ -9,6 +9,8 @@ from gtrans.analysis.liveness import Liveness, simulate
 from gtrans.analysis.schedule import schedule_of
 from gtrans.contract import Contract, compose_all
 from gtrans.ir.sizes import human
+from gtrans.ir.source import common_path
+from gtrans.missed import MissedRow, missed_rows
 from gtrans.pipeline import Pipeline, Step
 from gtrans.plan.budget import plain_liveness
 from gtrans.plan.planner import Plan
@@ -20,11 +22,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SavedRow:
-    """Saved values of equal layers, folded into one row."""
+    """Saved values of equal layers, folded into one row.
+
+    Attributes:
+        count: how many.
+        bytes: of all of them.
+        example: the first of them.
+        modules: the modules that made them, as one pattern: ``h.*.mlp``.
+    """
 
     count: int
     bytes: int
     example: SavedValue
+    modules: str = ""
+
+    @property
+    def in_memory_anyway(self) -> bool:
+        """Whether they are parameters or buffers, which cost nothing to keep."""
+        return self.example.kind in ("parameter", "buffer")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for `--json`."""
+        flat = asdict(self.example)
+        flat["each_bytes"] = flat.pop("bytes")
+        flat["location"] = str(self.example.location)
+        flat["readers"] = list(self.example.readers)
+        return {"count": self.count, "bytes": self.bytes, "modules": self.modules, **flat}
 
 
 @dataclass(frozen=True)
@@ -95,7 +118,17 @@ class Explanation:
     @property
     def saved(self) -> list[SavedRow]:
         """What is kept, largest first; values that differ only in their layer are one row."""
-        return fold([s for c in self.training for s in c.saved])
+        return fold(self.values)
+
+    @property
+    def values(self) -> list[SavedValue]:
+        """Every single value that is kept, parameters and buffers included."""
+        return [s for c in self.training for s in c.saved]
+
+    @property
+    def missed(self) -> list[MissedRow]:
+        """What was not done and why, by pass; what the plan keeps is in `saved`."""
+        return missed_rows(self.steps())
 
     def steps(self) -> list[tuple[int, Step]]:
         """Every pass that ran, with the number of its graph."""
@@ -131,7 +164,8 @@ class Explanation:
                 }
                 for index, step in self.steps()
             ],
-            "saved": [{"count": r.count, "bytes": r.bytes, **_flat(r.example)} for r in self.saved],
+            "saved": [row.to_dict() for row in self.saved],
+            "missed": [row.to_dict() for row in self.missed],
         }
 
     def _summary(self) -> list[str]:
@@ -161,7 +195,7 @@ class Explanation:
     def _table(self) -> list[str]:
         lines = ["kept for the backward        bytes  type, operator, source"]
         for row in self.saved:
-            if row.example.kind in ("parameter", "buffer"):
+            if row.in_memory_anyway:
                 continue
             times = f"{row.count} x " if row.count > 1 else ""
             lines.append(
@@ -175,15 +209,16 @@ def fold(values: Sequence[SavedValue]) -> list[SavedRow]:
     """Folds values that differ only in the layer they belong to."""
     groups: dict[tuple[Any, ...], list[SavedValue]] = {}
     for v in values:
-        key = (v.operator, v.shape, v.kind, v.location.file, v.location.line, v.readers)
+        key = (v.operator, v.shape, v.kind, v.location.file, v.location.line, v.readers, v.why)
         groups.setdefault(key, []).append(v)
-    rows = [SavedRow(len(g), sum(v.bytes for v in g), g[0]) for g in groups.values()]
+    rows = [
+        SavedRow(len(g), sum(v.bytes for v in g), g[0], common_path(v.location.module for v in g))
+        for g in groups.values()
+    ]
     return sorted(rows, key=lambda r: -r.bytes)
 
 
-def _flat(value: SavedValue) -> dict[str, Any]:
-    flat = asdict(value)
-    flat["each_bytes"] = flat.pop("bytes")
-    flat["location"] = str(value.location)
-    flat["readers"] = list(value.readers)
-    return flat
+def unfolded(values: Sequence[SavedValue]) -> list[SavedRow]:
+    """A row for every value, largest first."""
+    rows = [SavedRow(1, v.bytes, v, v.location.module) for v in values]
+    return sorted(rows, key=lambda r: -r.bytes)

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from gtrans.api import install, require_captured, require_trainable
-from gtrans.capture import Compiler, capture_always
+from gtrans.capture import Compiler, Resident, capture_always
 from gtrans.contract import Contract, Exact
-from gtrans.errors import ModelError, VerifyError
+from gtrans.errors import BudgetError, ModelError, VerifyError
 from gtrans.explanation import Explanation
 from gtrans.pipeline import Gate, Pipeline
 
@@ -189,6 +189,7 @@ def compare(
         candidate = private_copy(model, dtype)
         allowed = gate.allowed if gate is not None else None
         compiler = Compiler(pipeline, backend, skip_failures=False, gate=Gate(allowed))
+        compiler.resident = Resident.of(candidate)
         install(candidate, compiler)
         arguments = in_dtype((tuple(inputs), keyword_inputs), dtype)
         try:
@@ -198,8 +199,14 @@ def compare(
                 notes.append(f"not compared in float64: the model fails there ({error})")
                 continue
             raise ModelError(f"the model does not accept these inputs: {error}") from error
-        with capture_always():
-            actual = training_step(candidate, arguments, loss, seed)
+        try:
+            with capture_always():
+                actual = training_step(candidate, arguments, loss, seed)
+        except BudgetError as error:
+            if dtype is None:
+                raise
+            notes.append(f"not compared in {str(dtype)[6:]}: {str(error).partition(chr(10))[0]}")
+            continue
         require_captured(model, compiler)
         explanation = Explanation(compiler.pipeline, compiler.captured)
         if gate is not None:

@@ -18,7 +18,6 @@ Source: RevNet (arXiv:1707.04585) eq. 6-8; the n-split form is that of memory-ef
 differentiable transformer search (arXiv:2105.14669).
 """
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,7 +73,7 @@ class Couplings:
         rounded: rebuilt values that may differ from the forward's in their last bits.
         masked: ReLUs that read such a value directly; their zeros must come from the forward.
         chain_of: the chain that a rebuilt value belongs to.
-        skipped: why the other sites are no couplings.
+        refused: the other sites, and why they are no couplings.
     """
 
     sites: int = 0
@@ -85,7 +84,7 @@ class Couplings:
     rounded: set[fx.Node] = field(default_factory=set)
     masked: set[fx.Node] = field(default_factory=set)
     chain_of: dict[fx.Node, int] = field(default_factory=dict)
-    skipped: Counter[str] = field(default_factory=Counter)
+    refused: dict[fx.Node, str] = field(default_factory=dict)
 
 
 def find_couplings(
@@ -203,7 +202,7 @@ class _Search:
         plans = [o for o in outcomes if isinstance(o, _Plan)]
         if not plans:
             refusals = [o for o in outcomes if isinstance(o, _Refusal)]
-            result.skipped[min(refusals, key=lambda r: r.rank).reason] += 1
+            result.refused[node] = min(refusals, key=lambda r: r.rank).reason
             return
         # Of two streams the branch is the one with the shorter history.
         plan = min(plans, key=lambda p: len(p.cone))

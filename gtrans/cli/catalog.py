@@ -11,15 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 import typer
 
 from gtrans import __version__
-from gtrans.cli.console import (
-    CHECK_FAILED,
-    JsonOption,
-    PluginOption,
-    console,
-    examples,
-    print_json,
-    reporting,
-)
+from gtrans.cli.console import CHECK_FAILED, console, examples, print_json, reporting
+from gtrans.cli.options import JsonOption, PluginOption
 from gtrans.errors import PassError
 
 if TYPE_CHECKING:

@@ -1,6 +1,5 @@
 """`gtrans verify` and `gtrans bisect`: is the gradient right, and which rewrite broke it if not."""
 
-import shlex
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,20 +7,13 @@ import typer
 
 from gtrans.cli.console import (
     CHECK_FAILED,
-    JsonOption,
-    ModelArgument,
-    PassesOption,
-    PluginOption,
-    SeedOption,
-    SkipOption,
-    chosen,
     console,
     examples,
     print_json,
     progress_shown,
     remark,
-    reporting,
 )
+from gtrans.cli.options import Request, on_model
 from gtrans.errors import OptionError
 
 if TYPE_CHECKING:
@@ -60,92 +52,73 @@ LimitOption = Annotated[
 ]
 
 
+@on_model
 def verify(
-    model: ModelArgument,
-    passes: PassesOption = "default",
-    skip: SkipOption = None,
+    request: Request,
     backend: Annotated[
         str, typer.Option("--backend", "-b", help="eager checks the graph, inductor its code.")
     ] = "eager",
     only_rewrites: OnlyOption = None,
     bisect_limit: LimitOption = None,
-    plugin: PluginOption = None,
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
 ) -> None:
     """Compare the gradients with the untouched model's.
 
     Outputs, gradients and buffers of one step are compared, in float64 and in the model's own
     dtype. The exit code is 1 where one differs by more than the contract of the passes admits.
     """
-    with reporting(as_json):
-        from gtrans.cli.models import load, session
-        from gtrans.registry import load_backend
-        from gtrans.verification import compare
+    from gtrans.registry import load_backend
+    from gtrans.verification import compare
 
-        gate = _gate(only_rewrites, bisect_limit)
-        with session(plugin):
-            pipeline = chosen(passes, skip)
-            load_backend(backend)
-            loaded = load(model, seed=seed)
-            start = time.perf_counter()
-            result = compare(
-                loaded.model,
-                loaded.inputs,
-                loaded.keyword_inputs,
-                pipeline,
-                backend=backend,
-                seed=seed,
-                gate=gate,
-            )
-            seconds = time.perf_counter() - start
-        allowed = gate.allowed
-        performed = [r for r in gate.seen if allowed is None or r.number in allowed]
-        if as_json:
-            value = {"model": model, "rewrites": [_rewrite(r) for r in performed]}
-            print_json({**value, "seconds": seconds, **result.to_dict()})
-        else:
-            _print_verification(result, len(performed), len(gate.seen))
-            again = _options(passes, skip, plugin, seed)
-            advice = "" if result.ok else f"; find the rewrite: gtrans bisect {model}{again}"
-            remark(f"compared in {seconds:.1f} s{advice}")
-        if not result.ok:
-            raise typer.Exit(CHECK_FAILED)
+    gate = _gate(only_rewrites, bisect_limit)
+    pipeline = request.pipeline
+    load_backend(backend)
+    loaded = request.loaded
+    start = time.perf_counter()
+    result = compare(
+        loaded.model,
+        loaded.inputs,
+        loaded.keyword_inputs,
+        pipeline,
+        backend=backend,
+        seed=request.seed,
+        gate=gate,
+    )
+    seconds = time.perf_counter() - start
+    allowed = gate.allowed
+    performed = [r for r in gate.seen if allowed is None or r.number in allowed]
+    if request.as_json:
+        value = {"model": request.model, "rewrites": [_rewrite(r) for r in performed]}
+        print_json({**value, "seconds": seconds, **result.to_dict()})
+    else:
+        _print_verification(result, len(performed), len(gate.seen))
+        advice = "" if result.ok else f"; find the rewrite: {request.command('bisect')}"
+        remark(f"compared in {seconds:.1f} s{advice}")
+    if not result.ok:
+        raise typer.Exit(CHECK_FAILED)
 
 
+@on_model
 def bisect(
-    model: ModelArgument,
-    passes: PassesOption = "default",
-    skip: SkipOption = None,
-    plugin: PluginOption = None,
-    seed: SeedOption = 0,
+    request: Request,
     most: Annotated[
         int, typer.Option("--most", metavar="N", help="Stop after so many culprits.")
     ] = 5,
-    as_json: JsonOption = False,
 ) -> None:
     """Find the rewrites that break the gradient.
 
     First the pass is found, then the single rewrites within it, and the command that replays them.
     The exit code is 1 if there are any.
     """
-    with reporting(as_json):
-        from gtrans.cli.models import load, session
-
-        with session(plugin):
-            pipeline = chosen(passes, skip)
-            loaded = load(model, seed=seed)
-            found = _searched(loaded, pipeline, seed, most, as_json)
-        replay = ""
-        if found.culprits:
-            options = _options(passes, skip, plugin, seed)
-            replay = f"gtrans verify {shlex.quote(model)}{options} --only-rewrites {found.numbers}"
-        if as_json:
-            print_json({"model": model, **found.to_dict(), "replay": replay})
-        else:
-            _print_bisection(found, replay)
-        if not found.verification.ok:
-            raise typer.Exit(CHECK_FAILED)
+    found = _searched(request, most)
+    replay = ""
+    if found.culprits:
+        replay = f"{request.command('verify')} --only-rewrites {found.numbers}"
+    if request.as_json:
+        print_json({"model": request.model, **found.to_dict(), "replay": replay})
+    else:
+        _print_bisection(found, replay)
+    if not found.verification.ok:
+        raise typer.Exit(CHECK_FAILED)
 
 
 def _gate(only: str | None, limit: int | None) -> "Gate":
@@ -161,14 +134,15 @@ def _gate(only: str | None, limit: int | None) -> "Gate":
     return Gate(frozenset() if only.strip() == "none" else parse_numbers(only))
 
 
-def _searched(loaded: Any, pipeline: Any, seed: int, most: int, as_json: bool) -> "Bisection":
+def _searched(request: Request, most: int) -> "Bisection":
     """Bisects, with a line of progress for people."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from gtrans.bisect import bisect as search
 
+    pipeline, loaded = request.pipeline, request.loaded
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    shown = progress_shown(as_json)
+    shown = progress_shown(request.as_json)
     with Progress(*columns, console=console(stderr=True), disable=not shown) as progress:
         task = progress.add_task("comparing with all rewrites", total=None)
         checks = 0
@@ -184,24 +158,10 @@ def _searched(loaded: Any, pipeline: Any, seed: int, most: int, as_json: bool) -
             loaded.inputs,
             loaded.keyword_inputs,
             pipeline,
-            seed=seed,
+            seed=request.seed,
             most=most,
             on_check=on_check,
         )
-
-
-def _options(passes: str, skip: list[str] | None, plugin: list[str] | None, seed: int) -> str:
-    """The options of this run that another command needs to do the same."""
-    words: list[str] = []
-    for text in plugin or ():
-        words += ["--plugin", text]
-    if passes != "default":
-        words += ["--passes", passes]
-    for name in skip or ():
-        words += ["--skip", name]
-    if seed:
-        words += ["--seed", str(seed)]
-    return "".join(" " + shlex.quote(word) for word in words)
 
 
 def _rewrite(rewrite: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, errors, JSON, and options that mean the same everywhere.
+"""How all commands answer: exit codes, errors, JSON, tables and remarks.
 
 Nothing here imports torch, so that `gtrans --help` answers at once.
 """
@@ -9,11 +9,18 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gtrans.errors import ContractError, GTransError, ModelError, OptionError, VerifyError
+from gtrans.errors import (
+    BudgetError,
+    ContractError,
+    GTransError,
+    ModelError,
+    OptionError,
+    VerifyError,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,36 +28,6 @@ if TYPE_CHECKING:
 OK, CHECK_FAILED, BAD_INPUT, INTERNAL = 0, 1, 2, 3
 
 TRACEBACK_VARIABLE = "GTRANS_TRACEBACK"
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="package.module:function or file.py:function returning (model, inputs), or "
-        "hf:CONFIG, such as 'hf:gpt2?n_layer=2' or hf:path/to/config.json.",
-        show_default=False,
-    ),
-]
-PassesOption = Annotated[
-    str,
-    typer.Option("--passes", "-p", metavar="TEXT", help="Pipeline, as 'relu-mask,plan{price=1}'."),
-]
-SkipOption = Annotated[
-    list[str] | None,
-    typer.Option("--skip", metavar="NAME", help="Leave a pass out; may be given several times."),
-]
-PluginOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--plugin",
-        metavar="MODULE|FILE",
-        help="Register the passes of a module or file for this run; may be given several times.",
-    ),
-]
-SeedOption = Annotated[
-    int, typer.Option("--seed", metavar="N", help="Seed for building the model and for its step.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def examples(*lines: str) -> str:
@@ -103,19 +80,8 @@ def progress_shown(as_json: bool) -> bool:
     return not as_json and sys.stderr.isatty()
 
 
-def chosen(text: str, skip: list[str] | None) -> Any:
-    """The pipeline of `--passes` and `--skip`.
-
-    Raises:
-        OptionError: a pass or option is unknown.
-    """
-    from gtrans.pipeline import Pipeline
-
-    return Pipeline.parse(text).without(skip or [])
-
-
 def _code(error: GTransError) -> int:
-    if isinstance(error, VerifyError):
+    if isinstance(error, (VerifyError, BudgetError)):
         return CHECK_FAILED
     bad_input = isinstance(error, (OptionError, ModelError, ContractError))
     return BAD_INPUT if bad_input else INTERNAL

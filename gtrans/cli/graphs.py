@@ -10,27 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gtrans.cli.console import (
-    JsonOption,
-    ModelArgument,
-    PassesOption,
-    PluginOption,
-    SeedOption,
-    SkipOption,
-    chosen,
-    console,
-    examples,
-    print_json,
-    remark,
-    reporting,
-)
+from gtrans.cli.console import console, examples, print_json, remark
+from gtrans.cli.options import Request, on_model
 from gtrans.errors import OptionError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import fx
 
-    from gtrans.cli.watch import Snapshot, Watcher
     from gtrans.pipeline import Graph, Pipeline
+    from gtrans.watch import Snapshot, Watcher
 
 SHOW_EXAMPLES = examples(
     "gtrans show model.py:make",
@@ -61,8 +49,9 @@ class View:
     kept: Sequence[str] = field(default=())
 
 
+@on_model
 def show(
-    model: ModelArgument,
+    request: Request,
     stage: Annotated[
         Stage,
         typer.Option("--stage", help="forward is before autograd; halves are what a backend gets."),
@@ -79,44 +68,38 @@ def show(
     svg: Annotated[
         Path | None, typer.Option("--svg", metavar="FILE", help="Write it as a picture.")
     ] = None,
-    passes: PassesOption = "default",
-    skip: SkipOption = None,
-    plugin: PluginOption = None,
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
 ) -> None:
     """Print the graphs of a model as code.
 
     Every line has its shape and the line of the model it comes from; | marks the forward, < the
     backward. By default it is the joint graph after all passes.
     """
-    with reporting(as_json):
-        if before is not None and after is not None:
-            raise OptionError("--before and --after exclude each other; give one")
-        if stage is not Stage.JOINT and (dot or svg):
-            raise OptionError("--dot and --svg draw the joint graph; leave --stage out")
-        from gtrans.cli.models import session
-
-        start = time.perf_counter()
-        with session(plugin):
-            pipeline = chosen(passes, skip)
-            point = _point(pipeline, before or after, stage)
-            watcher = _watched(model, pipeline, seed)
-            views = _views(watcher, stage, point, earlier=before is not None)
-            files = _drawn(watcher, point, before is not None, model, dot, svg)
-            seconds = time.perf_counter() - start
-            if as_json:
-                print_json({**_described(model, stage, before, after), **_content(views, files)})
-                return
-            for view in views:
-                _print_view(view, len(views))
-        for file in files:
-            remark(f"wrote {file}")
-        remark(f"captured in {seconds:.1f} s; what a pass changed: gtrans diff {model} --pass NAME")
+    if before is not None and after is not None:
+        raise OptionError("--before and --after exclude each other; give one")
+    if stage is not Stage.JOINT and (dot or svg):
+        raise OptionError("--dot and --svg draw the joint graph; leave --stage out")
+    start = time.perf_counter()
+    point = _point(request.pipeline, before or after, stage)
+    watcher = _watched(request, request.pipeline)
+    views = _views(watcher, stage, point, earlier=before is not None)
+    files = _drawn(watcher, point, before is not None, request.model, dot, svg)
+    seconds = time.perf_counter() - start
+    if request.as_json:
+        described = _described(request.model, stage, before, after)
+        print_json({**described, **_content(views, files)})
+        return
+    for view in views:
+        _print_view(view, len(views))
+    for file in files:
+        remark(f"wrote {file}")
+    remark(
+        f"captured in {seconds:.1f} s; what a pass changed: {request.command('diff')} --pass NAME"
+    )
 
 
+@on_model
 def diff(
-    model: ModelArgument,
+    request: Request,
     pass_text: Annotated[
         str,
         typer.Option(
@@ -126,44 +109,30 @@ def diff(
             show_default=False,
         ),
     ],
-    passes: PassesOption = "default",
-    skip: SkipOption = None,
-    plugin: PluginOption = None,
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
 ) -> None:
     """Print what one pass changes, as a diff."""
-    with reporting(as_json):
-        from gtrans.cli.models import session
+    from gtrans.pipeline import Pipeline
 
-        with session(plugin):
-            pipeline = chosen(passes, skip)
-            given = chosen(pass_text, None)
-            if len(given.passes) != 1:
-                raise OptionError(f"--pass takes one pass, got {pass_text!r}")
-            names = {str(p) for p in pipeline.passes} | {p.name for p in pipeline.passes}
-            name = given.passes[0].name
-            text = str(given.passes[0])
-            watcher = _watched(model, pipeline if text in names else given, seed)
-            steps = [s for s in watcher.snapshots if s.step.name == name]
-            changes = [_change(s) for s in steps]
-            if as_json:
-                print_json({"model": model, "pass": text, "graphs": changes})
-                return
-            for change in changes:
-                _print_change(change, len(changes))
+    pipeline, given = request.pipeline, Pipeline.parse(pass_text)
+    if len(given.passes) != 1:
+        raise OptionError(f"--pass takes one pass, got {pass_text!r}")
+    names = {str(p) for p in pipeline.passes} | {p.name for p in pipeline.passes}
+    name, text = given.passes[0].name, str(given.passes[0])
+    watcher = _watched(request, pipeline if text in names else given)
+    steps = [s for s in watcher.snapshots if s.step.name == name]
+    changes = [_change(s) for s in steps]
+    if request.as_json:
+        print_json({"model": request.model, "pass": text, "graphs": changes})
+        return
+    for change in changes:
+        _print_change(change, len(changes))
 
 
-def _watched(model: str, pipeline: "Pipeline", seed: int) -> "Watcher":
-    from gtrans.api import capture, require_trainable
-    from gtrans.cli.models import load
-    from gtrans.cli.watch import Watcher
+def _watched(request: Request, pipeline: "Pipeline") -> "Watcher":
+    from gtrans.watch import watched
 
-    loaded = load(model, seed=seed)
-    require_trainable(loaded.model)
-    watcher = Watcher(pipeline, "eager", skip_failures=False)
-    capture(loaded.model, watcher, loaded.inputs, loaded.keyword_inputs)
-    return watcher
+    loaded = request.loaded
+    return watched(loaded.model, loaded.inputs, loaded.keyword_inputs, pipeline)
 
 
 def _point(pipeline: "Pipeline", name: str | None, stage: Stage) -> str | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gtrans import __version__
-from gtrans.cli import catalog, checks, graphs, reports
+from gtrans.cli import catalog, checks, graphs, memory, reports
 
 app = typer.Typer(
     name="gtrans",
@@ -46,6 +46,8 @@ app.command("passes", epilog=catalog.PASSES_EXAMPLES)(catalog.passes)
 app.command("show", epilog=graphs.SHOW_EXAMPLES)(graphs.show)
 app.command("diff", epilog=graphs.DIFF_EXAMPLES)(graphs.diff)
 app.command("explain", epilog=reports.EXPLAIN_EXAMPLES)(reports.explain)
+app.command("saved", epilog=memory.SAVED_EXAMPLES)(memory.saved)
+app.command("why-peak", epilog=memory.WHY_PEAK_EXAMPLES)(memory.why_peak)
 app.command("verify", epilog=checks.VERIFY_EXAMPLES)(checks.verify)
 app.command("bisect", epilog=checks.BISECT_EXAMPLES)(checks.bisect)
 app.command("time", epilog=reports.TIME_EXAMPLES)(reports.time_passes)

@@ -1,29 +1,23 @@
 """`gtrans explain` and `gtrans time`: what the passes do, and how long they take."""
 
-import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
-from gtrans.cli.console import (
-    JsonOption,
-    ModelArgument,
-    PassesOption,
-    PluginOption,
-    SeedOption,
-    SkipOption,
-    chosen,
-    console,
-    examples,
-    print_json,
-    remark,
-    reporting,
-)
+import typer
+
+from gtrans.cli.console import console, examples, print_json, remark
+from gtrans.cli.options import Request, on_model
 
 if TYPE_CHECKING:
-    from gtrans.explanation import Explanation
+    from rich.table import Table
+
+    from gtrans.explanation import Explanation, SavedRow
 
 EXPLAIN_EXAMPLES = examples(
     "gtrans explain model.py:make",
     "gtrans explain 'hf:gpt2?n_layer=2&n_embd=64&n_head=4' --skip relu-mask",
+    "gtrans explain model.py:make --memory 40%",
+    "gtrans explain model.py:make --passes reversible --missed",
     "gtrans explain model.py:make --passes 'plan{price=1}' --json",
 )
 TIME_EXAMPLES = examples(
@@ -31,69 +25,38 @@ TIME_EXAMPLES = examples(
 )
 
 
+@on_model
 def explain(
-    model: ModelArgument,
-    passes: PassesOption = "default",
-    skip: SkipOption = None,
-    plugin: PluginOption = None,
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
+    request: Request,
+    missed: Annotated[
+        bool, typer.Option("--missed", help="Only what was not done, why, and where.")
+    ] = False,
 ) -> None:
     """Say what each pass would do to a model.
 
     Prints what was matched and rewritten, why the rest was not, and what is kept for the backward.
     No training step is run.
     """
-    with reporting(as_json):
-        from gtrans.cli.models import session
+    explanation, seconds = request.explained()
+    if request.as_json:
+        print_json({"model": request.model, **explanation.to_dict()})
+        return
+    if missed:
+        _print_missed(explanation)
+    else:
+        _print_explanation(explanation)
+    remark(f"captured and rewritten in {seconds:.1f} s; check it: {request.command('verify')}")
 
-        with session(plugin):
-            explanation, seconds = _explained(model, passes, skip, seed)
-            if as_json:
-                print_json({"model": model, **explanation.to_dict()})
-                return
-            _print_explanation(explanation)
-            remark(f"captured and rewritten in {seconds:.1f} s; check it: gtrans verify {model}")
 
-
-def time_passes(
-    model: ModelArgument,
-    passes: PassesOption = "default",
-    skip: SkipOption = None,
-    plugin: PluginOption = None,
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
-) -> None:
+@on_model
+def time_passes(request: Request) -> None:
     """Time each pass, and all against tracing."""
-    with reporting(as_json):
-        from gtrans.cli.models import session
-
-        with session(plugin):
-            explanation, seconds = _explained(model, passes, skip, seed)
-            value = _times(explanation, seconds)
-            if as_json:
-                print_json({"model": model, **value})
-            else:
-                _print_times(value)
-
-
-def _explained(
-    model: str, passes: str, skip: list[str] | None, seed: int
-) -> "tuple[Explanation, float]":
-    """The explanation of a MODEL text, and the seconds it took without building the model."""
-    from gtrans.api import capture, require_trainable
-    from gtrans.capture import Compiler
-    from gtrans.cli.models import load
-    from gtrans.explanation import Explanation
-
-    pipeline = chosen(passes, skip)
-    loaded = load(model, seed=seed)
-    require_trainable(loaded.model)
-    compiler = Compiler(pipeline, "eager", skip_failures=False)
-    start = time.perf_counter()
-    capture(loaded.model, compiler, loaded.inputs, loaded.keyword_inputs)
-    seconds = time.perf_counter() - start
-    return Explanation(compiler.pipeline, compiler.captured), seconds
+    explanation, seconds = request.explained()
+    value = _times(explanation, seconds)
+    if request.as_json:
+        print_json({"model": request.model, **value})
+    else:
+        _print_times(value)
 
 
 def _times(explanation: "Explanation", seconds: float) -> dict[str, Any]:
@@ -164,12 +127,16 @@ def _print_explanation(explanation: "Explanation") -> None:
     out = console()
     before, after = explanation.saved_bytes_before, explanation.saved_bytes
     share = f" ({after / before - 1:+.0%})" if before else ""
+    budget = explanation.budget
+    peak = f"{human(explanation.plain_peak)} as autograd would -> {human(explanation.peak)}"
+    within = "" if budget is None else f", budget {human(budget)}"
     graphs = len(explanation.captured)
     breaks = f" ({graphs - 1} graph breaks)" if graphs > 1 else ""
     out.print(f"pipeline  {explanation.pipeline}", soft_wrap=True)
     out.print(f"contract  {explanation.contract}")
     out.print(f"graphs    {graphs}, {len(explanation.training)} with a backward{breaks}")
-    out.print(f"saved     {human(before)} as autograd would -> {human(after)}{share}\n")
+    out.print(f"saved     {human(before)} as autograd would -> {human(after)}{share}")
+    out.print(f"peak      {peak} predicted{within}\n")
     table = Table(box=None, pad_edge=False)
     for column in ("graph", "pass", "matched", "rewrote", "why not, and what else"):
         table.add_column(column, justify="right" if column in ("matched", "rewrote") else "left")
@@ -179,16 +146,51 @@ def _print_explanation(explanation: "Explanation") -> None:
         stats = step.stats
         table.add_row(str(index), step.text, str(stats.matched), str(stats.rewritten), remarks)
     out.print(table)
+    out.print()
+    out.print(saved_table(explanation.saved))
+
+
+def _print_missed(explanation: "Explanation") -> None:
+    from rich.table import Table
+
+    from gtrans.registry import pass_table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("pass", "sites", "why not", "modules", "at"):
+        table.add_column(column, justify="right" if column == "sites" else "left", overflow="fold")
+    for row in explanation.missed:
+        at = str(row.location) if row.location.file else ""
+        table.add_row(row.text, str(row.count or ""), row.reason, row.modules, at)
+    out = console()
+    out.print(table)
+    ran = {p.name for p in explanation.pipeline.passes}
+    others = sorted(set(pass_table()) - ran)
+    if others:
+        out.print(f"\nnot asked for: {', '.join(others)} (what each does: gtrans passes NAME)")
+
+
+def saved_table(rows: "Sequence[SavedRow]") -> "Table":
+    """What is kept for the backward, as a table for the terminal."""
+    from rich.table import Table
+
+    from gtrans.ir.sizes import human
+
     kept = Table(box=None, pad_edge=False, title="kept for the backward", title_justify="left")
-    for column in ("bytes", "values", "type", "operator", "made at", "read by"):
+    for column in ("bytes", "values", "type", "operator", "modules", "made at", "why", "read by"):
         right = column in ("bytes", "values")
         kept.add_column(column, justify="right" if right else "left", overflow="fold")
-    rows = [r for r in explanation.saved if r.example.kind not in ("parameter", "buffer")]
     for row in rows:
         e = row.example
-        readers = ", ".join(e.readers)
-        kept.add_row(
-            human(row.bytes), str(row.count), e.shape, e.operator, str(e.location), readers
-        )
-    out.print()
-    out.print(kept)
+        if not row.in_memory_anyway:
+            readers = ", ".join(short_operator(r) for r in e.readers)
+            counts = (human(row.bytes), str(row.count))
+            made = (short_operator(e.operator), row.modules, str(e.location))
+            if e.kind == "input":
+                made = ("input", e.name, "")
+            kept.add_row(*counts, e.shape, *made, e.why, readers)
+    return kept
+
+
+def short_operator(name: str) -> str:
+    """An operator without its namespace and overload: ``aten.addmm.default`` is ``addmm``."""
+    return name.split(".")[-2] if name.count(".") > 1 else name

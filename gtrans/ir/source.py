@@ -1,6 +1,7 @@
 """Where in the user's model a node comes from."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,17 @@ def _module(node: fx.Node) -> tuple[str, str]:
     path, kind = list(stack.values())[-1]
     kind_name = kind if isinstance(kind, str) else kind.__name__
     return readable_path(path), kind_name.rsplit(".", 1)[-1]
+
+
+def common_path(paths: Iterable[str]) -> str:
+    """Several modules as one pattern: ``h.0.mlp`` and ``h.1.mlp`` give ``h.*.mlp``."""
+    split = [path.split(".") for path in dict.fromkeys(paths)]
+    if not split:
+        return ""
+    length = min(map(len, split))
+    parts = [at[0] if len(set(at)) == 1 else "*" for at in zip(*split, strict=False)]
+    longer = any(len(path) > length for path in split) and parts[-1:] != ["*"]
+    return ".".join([*parts, "*"] if longer else parts)
 
 
 def readable_path(source: str) -> str:

@@ -20,7 +20,7 @@ from gtrans.analysis.cost import device_named, device_of
 from gtrans.contract import Contract, Exact
 from gtrans.core import HELD_BACK, Knob, Pass, Permission, Stats, require
 from gtrans.ir import ops
-from gtrans.ir.joint import JointGraph
+from gtrans.ir.joint import JointGraph, Placement, tag
 from gtrans.ir.sizes import human, tensor_bytes
 from gtrans.memory import Budget
 from gtrans.plan.budget import fit
@@ -123,6 +123,26 @@ class Plan(Pass[JointGraph]):
         if not plans:
             return (*pipeline, Plan(memory=budget))
         return tuple(replace(p, memory=budget) if isinstance(p, Plan) else p for p in pipeline)
+
+    def why_kept(self, graph: JointGraph, node: fx.Node) -> str:
+        """Why a value of the cut is kept rather than computed again, for reports."""
+        if node.op in ("placeholder", "get_attr"):
+            return "in memory anyway"
+        maker = node.all_input_nodes[0] if ops.is_getitem(node) else node
+        if ops.is_random(maker):
+            return "drawn at random, and never drawn again"
+        if ops.is_effect(maker):
+            return "its operator has an effect, so it runs once"
+        if tag(node).placement is Placement.SAVED:
+            return "a pass asks for it"
+        if self.memory is not None:
+            return "the fastest plan under the budget keeps it"
+        if self.recompute == "none":
+            return "autograd keeps it; the plan computes nothing again"
+        if self.cost(graph, maker) is None:
+            kind = "a product" if ops.is_contraction(maker) else "not cheap to run"
+            return f"{kind}; run again under a memory budget only"
+        return "no larger than what it would be computed from"
 
     def cost(self, graph: JointGraph, node: fx.Node) -> float | None:
         """Price of getting a value again, in saved bytes; None where it is not cheap."""

@@ -1,6 +1,6 @@
-"""What is kept for the backward: bytes, source line and readers of every value."""
+"""What is kept for the backward: bytes, source line and readers of every value, and why."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import fx
@@ -24,6 +24,8 @@ class SavedValue:
         kind: "activation", "input", "parameter" or "buffer"; only the first two cost memory.
         location: line of the user's model.
         readers: operators of the backward that read it.
+        dtype: of its elements, "float32".
+        why: why it is kept rather than computed again.
     """
 
     name: str
@@ -33,15 +35,28 @@ class SavedValue:
     kind: str
     location: Location
     readers: tuple[str, ...]
+    dtype: str = ""
+    why: str = ""
 
 
-def saved_values(joint: JointGraph, cut: Iterable[fx.Node]) -> list[SavedValue]:
-    """Describes every storage that a cut keeps, largest first."""
+Why = Callable[[JointGraph, fx.Node], str]
+
+
+def saved_values(
+    joint: JointGraph, cut: Iterable[fx.Node], why: Why | None = None
+) -> list[SavedValue]:
+    """Describes every storage that a cut keeps, largest first.
+
+    Args:
+        joint: the graph.
+        cut: its values to keep.
+        why: says of each why it is kept, as `Plan.why_kept` does.
+    """
     described: dict[fx.Node, SavedValue] = {}
     for node in cut:
         owner = storage_of(node)
         if owner not in described:
-            described[owner] = _describe(joint, owner)
+            described[owner] = _describe(joint, owner, why(joint, owner) if why else "")
     return sorted(described.values(), key=lambda s: (-s.bytes, s.name))
 
 
@@ -50,7 +65,7 @@ def saved_bytes(joint: JointGraph, cut: Iterable[fx.Node]) -> int:
     return sum(s.bytes for s in saved_values(joint, cut) if s.kind not in ("parameter", "buffer"))
 
 
-def _describe(joint: JointGraph, node: fx.Node) -> SavedValue:
+def _describe(joint: JointGraph, node: fx.Node, why: str) -> SavedValue:
     kind = joint.input_of(node).kind if node.op == "placeholder" else "activation"
     name = joint.input_of(node).name if node.op == "placeholder" else node.name
     return SavedValue(
@@ -61,4 +76,6 @@ def _describe(joint: JointGraph, node: fx.Node) -> SavedValue:
         kind=kind,
         location=location(node),
         readers=tuple(dict.fromkeys(target_name(n) for n in joint.backward_readers(node))),
+        dtype=str(getattr(node.meta.get("val"), "dtype", "")).removeprefix("torch."),
+        why=why,
     )

@@ -118,13 +118,13 @@ class FewBit(SitePass[JointGraph]):
                 size = numel(found.x.meta["val"]) * self.bits / 8
                 candidates.append(Candidate(site, found.dy, found.x, size))
             else:
-                stats.skipped[reason] += 1
+                stats.refuse(site, reason)
         verdict = keep_what_pays(graph, candidates, self.rewrite)
-        stats.skipped += Counter(verdict.refused.values())
+        stats.refuse_all(verdict.refused)
         notes: Counter[str] = Counter()
         for site in verdict.chosen:
             if not permitted(site.name):
-                stats.skipped[HELD_BACK] += 1
+                stats.refuse(site, HELD_BACK)
                 continue
             notes[self._note(self._table(_at(graph, site)))] += 1
             self.rewrite(graph, site)

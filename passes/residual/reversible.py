@@ -20,7 +20,6 @@ Source: RevNet (arXiv:1707.04585), algorithm 1; multi-split as in arXiv:2105.146
     arXiv:2302.04869. Affine couplings and their drift are not covered.
 """
 
-from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -70,27 +69,28 @@ class Reversible(Pass[JointGraph]):
 
     def run(self, graph: JointGraph, permitted: Permission) -> Stats:
         """Finds the couplings and lets the backward read rebuilt values."""
-        held_back: Counter[str] = Counter()
+        stats = Stats()
 
         def admit(site: fx.Node) -> bool:
-            if permitted(site.name):
-                return True
-            held_back[HELD_BACK] += 1
-            return False
+            if not permitted(site.name):
+                stats.refuse(site, HELD_BACK)
+                return False
+            return True
 
         couplings = find_couplings(graph, admit, low_precision=self.low_precision)
-        stats = Stats(couplings.sites, 0, couplings.skipped + held_back)
+        stats.matched = couplings.sites
+        stats.refuse_all(couplings.refused)
         recipes = _recipes(graph, couplings)
         chains = {c.chain for c in couplings.found}
         gains = {chain: _gain(graph, couplings, recipes, chain) for chain in chains}
         for chain, gain in gains.items():
-            count = sum(c.chain == chain for c in couplings.found)
+            members = [c.output for c in couplings.found if c.chain == chain]
             if gain <= 0:
                 recipes = {v: r for v, r in recipes.items() if couplings.chain_of[v] != chain}
-                stats.skipped[UNPROFITABLE] += count
+                stats.refuse_all(dict.fromkeys(members, UNPROFITABLE))
             else:
-                stats.rewritten += count
-                stats.notes.append(f"{count} couplings in a row, which free {human(gain)}")
+                stats.rewritten += len(members)
+                stats.notes.append(f"{len(members)} couplings in a row, which free {human(gain)}")
         _Writer(graph, couplings, recipes).run()
         return stats
 

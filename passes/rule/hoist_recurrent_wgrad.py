@@ -61,9 +61,9 @@ class HoistRecurrentWgrad(Pass[JointGraph]):
                 continue
             stats.matched += 1
             if len(terms) < self.min_terms:
-                stats.skipped["fewer steps than min_terms"] += 1
+                stats.refuse(total, "fewer steps than min_terms")
             elif not permitted(total.name):
-                stats.skipped[HELD_BACK] += 1
+                stats.refuse(total, HELD_BACK)
             else:
                 rest = [n for n in leaves if n not in terms]
                 _rewrite(graph, total, terms, rest, joined)

@@ -14,7 +14,6 @@ Needs: nothing. After `plan`, recomputed values are moved as well. A node stays 
 Source: gtrans; late recomputation as in PaReprop (arXiv:2306.09342), on one stream.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -69,9 +68,10 @@ class LateRecompute(Pass[JointGraph]):
                     graph.move_before(node, reader)
                     moved.add(node)
                     pending = True
-        held = {n for n, answer in answers.items() if not answer}
-        skipped = Counter({HELD_BACK: len(held), KEEPS_MORE: len(early - moved - held)})
-        return Stats(len(early), len(moved), +skipped)
+        stats = Stats(len(early), len(moved))
+        for node in sorted(early - moved):
+            stats.refuse(node, KEEPS_MORE if answers.get(node, True) else HELD_BACK)
+        return stats
 
 
 def _may_move(node: fx.Node) -> bool:

@@ -89,7 +89,7 @@ class HighwayBP(Pass[JointGraph]):
             if reason is None and not permitted(chain.points[1].name):
                 reason = HELD_BACK
             if reason is not None:
-                stats.skipped[reason] += 1
+                stats.refuse(chain.points[-1], reason)
                 continue
             _Sweeps(graph, chain, self.iterations, self.gamma).rewrite()
             stats.rewritten += 1

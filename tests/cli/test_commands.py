@@ -12,14 +12,16 @@ from typer.testing import Result
 import gtrans
 from gtrans.backends.inductor import Inductor
 from gtrans.cli import catalog
+from gtrans.cli.main import app
 
 Run = Callable[..., Result]
 RunJson = Callable[..., Any]
 
 
-@pytest.mark.parametrize(
-    "command", ["passes", "show", "diff", "explain", "verify", "bisect", "time", "doctor"]
-)
+COMMANDS = [str(command.name) for command in app.registered_commands]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
     text = run(command, "--help").stdout
 
@@ -237,6 +239,7 @@ def test_the_json_of_explain(run_json: RunJson, model_file: str) -> None:
         "own_seconds",
         "passes",
         "saved",
+        "missed",
     }
     assert value["pipeline"] == "plan"
     assert value["passes"][0].keys() >= {"graph", "pass", "matched", "rewritten", "skipped"}

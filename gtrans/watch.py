@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
-from gtrans.capture import Compiler
+from gtrans.api import capture, require_trainable
+from gtrans.capture import Compiler, Resident
 from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.joint import JointGraph
-from gtrans.pipeline import Graph, Step
+from gtrans.pipeline import Graph, Pipeline, Step
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,19 @@ class Watcher(Compiler):
 
     def _observe(self, step: Step, before: Graph, after: Graph) -> None:
         self.snapshots.append(Snapshot(len(self.captured) - 1, step, before, after))
+
+
+def watched(
+    model: nn.Module, inputs: Sequence[Any], keyword_inputs: dict[str, Any], pipeline: Pipeline
+) -> Watcher:
+    """Captures one step of a model and keeps its graphs.
+
+    Raises:
+        ModelError: the model has no trainable parameters, or does not accept the inputs.
+        GTransError: a pass failed.
+    """
+    require_trainable(model)
+    watcher = Watcher(pipeline, "eager", skip_failures=False)
+    watcher.resident = Resident.of(model)
+    capture(model, watcher, inputs, keyword_inputs)
+    return watcher
