@@ -10,11 +10,11 @@ from gtrans.analysis.schedule import schedule_of
 from gtrans.contract import Contract, compose_all
 from gtrans.ir.sizes import human
 from gtrans.ir.source import common_path
-from gtrans.missed import MissedRow, missed_rows
 from gtrans.pipeline import Pipeline, Step
 from gtrans.plan.budget import plain_liveness
 from gtrans.plan.planner import Plan
 from gtrans.plan.saved import SavedValue
+from gtrans.seeing.missed import MissedRow, missed_rows
 
 if TYPE_CHECKING:
     from gtrans.capture import Captured

@@ -12,8 +12,8 @@ import gtrans
 from gtrans.core import HELD_BACK, Refusal, Stats
 from gtrans.explanation import unfolded
 from gtrans.ir.source import Location, common_path
-from gtrans.missed import NO_SITE, missed_rows
 from gtrans.pipeline import Gate, Pipeline, Step
+from gtrans.seeing.missed import NO_SITE, missed_rows
 from tests.ir.graphs import joint_with
 
 Build = Callable[[str], tuple[nn.Module, tuple[Any, ...]]]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from gtrans.pipeline import Graph, Pipeline
-    from gtrans.watch import Snapshot, Watcher
+    from gtrans.seeing.watch import Snapshot, Watcher
 
 SHOW_EXAMPLES = examples(
     "gtrans show model.py:make",
@@ -129,7 +129,7 @@ def diff(
 
 
 def _watched(request: Request, pipeline: "Pipeline") -> "Watcher":
-    from gtrans.watch import watched
+    from gtrans.seeing.watch import watched
 
     loaded = request.loaded
     return watched(loaded.model, loaded.inputs, loaded.keyword_inputs, pipeline)
@@ -244,8 +244,8 @@ def _drawn(
     svg: Path | None,
 ) -> list[Path]:
     """Writes the joint graphs to files, numbered where there are several."""
-    from gtrans.cli.draw import to_svg
     from gtrans.ir.printer import to_dot
+    from gtrans.seeing.draw import to_svg
 
     written: list[Path] = []
     drawable = [c.index for c in watcher.captured if c.rewritten is not None]

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from gtrans.api import explain, graphs
-from gtrans.cli.draw import to_svg
 from gtrans.ir.joint import JointGraph
+from gtrans.seeing.draw import to_svg
 
 SPACE = "{http://www.w3.org/2000/svg}"
 
