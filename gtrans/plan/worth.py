@@ -31,21 +31,37 @@ _PRICE = 1e-6
 _SHOWN = 2
 
 
+Twin = Callable[[fx.Node], fx.Node]
+"""The node of a copy of the graph that stands for one of the graph itself."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A rewrite that lets the backward do without a forward value.
 
     Attributes:
-        site: the backward value that is computed in another way.
-        dy: what it is computed from besides.
-        value: the forward value that it needs as long as it is not rewritten.
+        site: names the rewrite: the backward value that is computed in another way, or the value
+            that is kept in another form.
+        value: the forward value that is needed as long as it is not rewritten.
         bytes: what is kept in place of the value.
+        let_go: edits a copy of the graph such that what is rewritten reads the value no more.
     """
 
     site: fx.Node
-    dy: fx.Node
     value: fx.Node
     bytes: float
+    let_go: Callable[[JointGraph, Twin], None]
+
+
+def scales(site: fx.Node, dy: fx.Node) -> Callable[[JointGraph, Twin], None]:
+    """Lets go of the forward values of a backward node that only scale a cotangent."""
+
+    def let_go(trial: JointGraph, twin: Twin) -> None:
+        old, source = twin(site), twin(dy)
+        dtype = old.meta["val"].dtype
+        trial.replace(old, trial.insert_before(old, aten._to_copy.default, source, dtype=dtype))
+
+    return let_go
 
 
 @dataclass
@@ -87,7 +103,7 @@ def keep_what_pays(
         return Verdict([])
     trial, twin = _copy(joint)
     for c in reversed(candidates):  # the cotangent of one may be the site of another before it
-        _let_go(trial, twin[c.site], twin[c.dy])
+        c.let_go(trial, twin.__getitem__)
     values = {c.site: _unmarked(twin[c.value]) for c in candidates}
     erase_taps(trial)
     trial.eliminate_dead_code()
@@ -127,12 +143,6 @@ def _unmarked(node: fx.Node) -> fx.Node:
     while node.target is TAP:
         node = node.all_input_nodes[0]
     return node
-
-
-def _let_go(trial: JointGraph, site: fx.Node, dy: fx.Node) -> None:
-    """Computes a site from its cotangent alone: another value, the same shape, dtype and users."""
-    dtype = site.meta["val"].dtype
-    trial.replace(site, trial.insert_before(site, aten._to_copy.default, dy, dtype=dtype))
 
 
 def _planned_bytes(joint: JointGraph) -> int:

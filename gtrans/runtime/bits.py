@@ -12,7 +12,19 @@ import torch
 from torch.nn.functional import pad
 
 # Widths that divide a byte, low bits first: three bits are kept as a tensor of two and one of one.
-_FIELDS: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,)}
+_FIELDS: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+
+
+def packed_dim(val: torch.Tensor) -> int | None:
+    """The outermost dimension of known size that divides by eight: its planes are the longest runs.
+
+    Args:
+        val: a tensor, fake or not; sizes that are symbols are not known.
+    """
+    for dim, size in enumerate(val.shape):
+        if isinstance(size, int) and size % 8 == 0 and size > 0:
+            return dim
+    return None
 
 
 def pack(mask: torch.Tensor, dim: int) -> torch.Tensor:
@@ -42,11 +54,11 @@ def unpack(packed: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def pack_codes(codes: torch.Tensor, bits: int, dim: int | None) -> tuple[torch.Tensor, ...]:
-    """Packs numbers of 1 to 4 bits.
+    """Packs numbers of 1 to 4 bits, or 8.
 
     Args:
         codes: [*s] of uint8, each below 2**bits.
-        bits: 1, 2, 3 or 4.
+        bits: 1, 2, 3, 4 or 8.
         dim: a dimension whose size is a multiple of 8; None packs the flattened, padded codes.
 
     Returns:

@@ -23,7 +23,7 @@ from gtrans.contract import Contract, Exact
 from gtrans.core import Knob, SitePass, require
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import numel
-from gtrans.runtime.bits import pack, unpack
+from gtrans.runtime.bits import pack, packed_dim, unpack
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class BitMasks(SitePass[JointGraph]):
             return "an input of the model, in memory anyway"
         if numel(site.meta["val"]) < self.min_numel:
             return "fewer elements than min_numel"
-        if _packed_dim(site) is None:
+        if packed_dim(site.meta["val"]) is None:
             return "no dimension of known size is a multiple of 8"
         return None
 
     def rewrite(self, graph: JointGraph, site: fx.Node) -> None:
         """Packs in the forward and offers the unpacked bits to the backward."""
-        dim = _packed_dim(site)
+        dim = packed_dim(site.meta["val"])
         assert dim is not None
         (packed,) = graph.splice_after(site, partial(pack, dim=dim), site)
         graph.offer(site, partial(unpack, dim=dim), packed)
@@ -79,11 +79,3 @@ class BitMasks(SitePass[JointGraph]):
 def _is_mask(node: fx.Node) -> bool:
     val = node.meta.get("val")
     return isinstance(val, torch.Tensor) and val.dtype is torch.bool
-
-
-def _packed_dim(node: fx.Node) -> int | None:
-    """The outermost dimension that can be packed: its planes are the longest contiguous runs."""
-    for dim, size in enumerate(node.meta["val"].shape):
-        if isinstance(size, int) and size % 8 == 0 and size > 0:
-            return dim
-    return None

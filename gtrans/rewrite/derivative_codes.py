@@ -1,0 +1,129 @@
+"""Keep a code of the derivative of an activation, 1 to 4 bits an element, and not its input.
+
+    y  = h(x)                                 y     = h(x)
+                                              bits  = pack(code(x))          # saved
+    dx = dy * h'(x)                    -->    dx    = dy * level[unpack(bits)]
+
+Several passes do this, with tables of their own: `gtrans.analysis.derivative_tables`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import fx
+
+from gtrans.analysis.derivative_tables import Table
+from gtrans.analysis.pointwise import Activation, activation_at
+from gtrans.ir.joint import JointGraph
+from gtrans.ir.sizes import numel
+from gtrans.rewrite.late import seed_of, splice_late
+from gtrans.runtime.bits import pack_codes, packed_dim, unpack_codes
+from gtrans.runtime.noise import salt_of, uniform
+
+
+@dataclass(frozen=True)
+class DerivativeCodes:
+    """How the derivative of activations is kept.
+
+    Args:
+        bits: bits per element, 1 to 4.
+    """
+
+    bits: int
+
+    def obstacle(self, activation: Activation) -> str | None:
+        """Why the shape or layout of an activation rules codes out, or None."""
+        val, dx = activation.x.meta["val"], activation.dx.meta["val"]
+        if packed_dim(val) is None and not all(isinstance(n, int) for n in val.shape):
+            return "its shape is dynamic and no dimension of known size is a multiple of 8"
+        if not dx.is_contiguous() and activation.dy.meta["val"].stride() != dx.stride():
+            return "the gradient changes its layout here"
+        return None
+
+    def bytes(self, activation: Activation) -> float:
+        """What is kept of an activation."""
+        return numel(activation.x.meta["val"]) * self.bits / 8
+
+    def rewrite(self, graph: JointGraph, activation: Activation, table: Table) -> None:
+        """Packs codes in the forward and reads levels in the backward."""
+        x, dx = activation.x, activation.dx
+        val, gradient = x.meta["val"], dx.meta["val"]
+        dim = packed_dim(val)
+        if table.thresholds:
+            sources = [x]
+            encode = partial(_nearest, table, self.bits, dim)
+        else:
+            sources = [x, seed_of(graph)]
+            salt = salt_of(f"{x.name} {dx.name}")
+            encode = partial(_stochastic, activation, table, self.bits, dim, salt)
+        packed = graph.splice_after(x, encode, *sources)
+        shape = [] if dim is not None else list(val.shape)
+        contiguous = gradient.is_contiguous()
+        decode = partial(_scale, table, self.bits, dim, shape, contiguous, gradient.dtype)
+        (made,) = splice_late(graph, dx, decode, activation.dy, *packed)
+        graph.replace(dx, made)
+        for node in reversed(activation.backward[:-1]):
+            graph.erase(node)
+
+
+def codes_at(graph: JointGraph, site: fx.Node) -> Activation:
+    """The activation of a site that a search in the same graph found."""
+    activation = activation_at(graph, site)
+    assert activation is not None
+    return activation
+
+
+def _nearest(table: Table, bits: int, dim: int | None, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    wide = x.to(_wide(x.dtype))
+    codes = (wide > table.thresholds[0]).to(torch.uint8)
+    for threshold in table.thresholds[1:]:
+        codes = codes + (wide > threshold).to(torch.uint8)
+    return pack_codes(codes, bits, dim)
+
+
+def _stochastic(
+    activation: Activation,
+    table: Table,
+    bits: int,
+    dim: int | None,
+    salt: int,
+    x: torch.Tensor,
+    seed: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    low, step = table.levels[0], table.levels[1] - table.levels[0]
+    position = (activation.derivative(x.to(_wide(x.dtype))) - low) * (1 / step)
+    drawn = (position + uniform(seed, salt, x.shape)).floor()
+    return pack_codes(drawn.clamp(0, 2**bits - 1).to(torch.uint8), bits, dim)
+
+
+def _scale(
+    table: Table,
+    bits: int,
+    dim: int | None,
+    shape: list[int],
+    contiguous: bool,
+    dtype: torch.dtype,
+    dy: torch.Tensor,
+    *packed: torch.Tensor,
+) -> torch.Tensor:
+    codes = unpack_codes(packed, bits, dim, shape)
+    level = _select(codes, table.levels, bits - 1, _wide(dtype))
+    dx = (dy.to(level.dtype) * level).to(dtype)
+    return dx.contiguous() if contiguous else dx
+
+
+def _select(
+    codes: torch.Tensor, levels: tuple[float, ...], bit: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Looks levels up by the bits of their codes, without a table in memory."""
+    if bit < 0:
+        return torch.scalar_tensor(levels[0], dtype=dtype, device=codes.device)
+    half = len(levels) // 2
+    low = _select(codes, levels[:half], bit - 1, dtype)
+    high = _select(codes, levels[half:], bit - 1, dtype)
+    return torch.where(((codes >> bit) & 1).to(torch.bool), high, low)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32

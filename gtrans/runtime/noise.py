@@ -1,0 +1,109 @@
+"""Random numbers for rounding that leave torch's generators as they are.
+
+    seed = noise_seed(some tensors of the step)      once a step, in the forward
+    u_i  = mix(i, salt; seed)                        one multiply-xor hash per element, fusible
+
+A pass that drew from torch's generator would shift every later dropout mask. Here the generator's
+state is read, never advanced, so that `torch.manual_seed` still decides everything; a few elements
+of a parameter and an input are mixed in, which change from step to step even in a model that never
+draws. What is random is the seed; two values of one step differ by their salts.
+
+The mixing function is three rounds of xor-shift and multiplication of 32-bit words (the finaliser
+family of MurmurHash3, with constants of lower bias). Products wrap around.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from zlib import crc32
+
+import torch
+
+# Odd constants below 2**32, written as the signed words that torch multiplies.
+_SPREAD, _FIRST, _SECOND, _THIRD = -1640531535, -312814405, -1404298415, 830770091
+_RESOLUTION = 24  # bits of a number: what float32 holds exactly
+_SAMPLE = 64
+_LARGEST = 2**31
+
+
+@torch.library.custom_op(
+    "gtrans::noise_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+def noise_seed(fresh: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Two random 32-bit words that depend on the state of torch's generator and on some values.
+
+    Args:
+        fresh: tensors of one device that change from step to step; a few elements are read.
+
+    Returns:
+        [2] of int32.
+    """
+    device = fresh[0].device
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    host = crc32(state.numpy().tobytes())
+    words = torch.tensor([_signed(host), _signed(crc32(b"second", host))], dtype=torch.int32)
+    words = words.to(device)
+    for tensor in fresh:
+        words = mix(words ^ _digest(tensor), words.flip(0))
+    return words
+
+
+@noise_seed.register_fake
+def _(fresh: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.empty(2, dtype=torch.int32, device=fresh[0].device)
+
+
+NOISE_SEED = torch.ops.gtrans.noise_seed.default
+
+
+def salt_of(name: str) -> int:
+    """A signed 32-bit word for a name, equal in every process."""
+    return _signed(crc32(name.encode()))
+
+
+def uniform(seed: torch.Tensor, salt: int, shape: Sequence[int]) -> torch.Tensor:
+    """Independent numbers in [0, 1), in plain ATen that backends fuse.
+
+    Args:
+        seed: what `noise_seed` returned.
+        salt: a different one for every value of a step.
+        shape: of the result.
+
+    Returns:
+        [*shape] of float32, multiples of 2**-24.
+    """
+    count = prod(shape)
+    wide = isinstance(count, int) and count >= _LARGEST
+    index = torch.arange(count, device=seed.device, dtype=torch.int64 if wide else torch.int32)
+    words = index.to(torch.int32).reshape(list(shape)) * _SPREAD + salt
+    words = mix(words ^ seed[0], seed[1])
+    numbers: torch.Tensor = words & (2**_RESOLUTION - 1)
+    return numbers.to(torch.float32) * 2.0**-_RESOLUTION
+
+
+def mix(words: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Scrambles 32-bit words; every bit of the result depends on all bits of both arguments."""
+    words = (words ^ _right(words, 17)) * _FIRST
+    words = words ^ key
+    words = (words ^ _right(words, 11)) * _SECOND
+    words = (words ^ _right(words, 15)) * _THIRD
+    scrambled: torch.Tensor = words ^ _right(words, 14)
+    return scrambled
+
+
+def _right(words: torch.Tensor, places: int) -> torch.Tensor:
+    """The shift that fills with zeros; torch's own repeats the sign."""
+    shifted: torch.Tensor = (words >> places) & (2 ** (32 - places) - 1)
+    return shifted
+
+
+def _digest(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().reshape(-1)
+    step = max(1, flat.numel() // _SAMPLE)
+    some = flat[::step][:_SAMPLE]
+    words = some.float().view(torch.int32) if some.is_floating_point() else some.to(torch.int32)
+    place = torch.arange(1, words.numel() + 1, device=words.device, dtype=torch.int32)
+    return mix(words, place * _SPREAD).sum().to(torch.int32)
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
