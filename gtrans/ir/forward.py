@@ -1,5 +1,6 @@
 """The forward graph as Dynamo captures it: torch functions and methods, before autograd."""
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -131,3 +132,11 @@ def _is_inplace(node: fx.Node) -> bool:
 def value(node: fx.Node) -> Any:
     """The fake value Dynamo recorded for a node, None if it recorded none."""
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of a Python function by their names, defaults included."""
+    assert callable(node.target)
+    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments

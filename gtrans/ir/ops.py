@@ -146,6 +146,13 @@ def is_view(node: fx.Node) -> bool:
     )
 
 
+def storage_of(node: fx.Node) -> fx.Node:
+    """The node that allocated what a value is stored in: the value itself, unless it is a view."""
+    while is_view(node) or (is_getitem(node) and is_view(node.all_input_nodes[0])):
+        node = node.all_input_nodes[0]
+    return node
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether two runs of the node may give different results.
 
@@ -221,6 +228,16 @@ def index_bound(node: fx.Node) -> int | torch.SymInt | None:
         return shape[dim] if len(shape) else 1
     # `math.prod` keeps symbolic sizes symbolic.
     return math.prod(shape if trailing is None else shape[-trailing:])
+
+
+def narrowest_index(node: fx.Node) -> torch.dtype | None:
+    """The narrowest integer type for all elements of an index value, if narrower than its own."""
+    count, own = index_bound(node), torch.iinfo(node.meta["val"].dtype)
+    if not isinstance(count, int):
+        return None
+    kinds = (torch.uint8, torch.int16, torch.int32)
+    fitting = (d for d in kinds if torch.iinfo(d).max >= count - 1)
+    return next((d for d in fitting if torch.iinfo(d).bits < own.bits), None)
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:

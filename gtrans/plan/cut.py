@@ -33,6 +33,7 @@ from torch import fx
 from gtrans.errors import PlanError
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph, Placement, tag
+from gtrans.ir.ops import storage_of
 from gtrans.ir.sizes import tensor_bytes
 from gtrans.ir.source import location
 
@@ -157,13 +158,6 @@ def made_of_what_they_rebuild(joint: JointGraph) -> set[fx.Node]:
                     pending.append(user)
         closing.update(n for n in offer.nodes if n in below and n is not value)
     return closing
-
-
-def storage_of(node: fx.Node) -> fx.Node:
-    """The node that allocated what a value is stored in: the value itself, unless it is a view."""
-    while ops.is_view(node) or (ops.is_getitem(node) and ops.is_view(node.all_input_nodes[0])):
-        node = node.all_input_nodes[0]
-    return node
 
 
 def backward_only(joint: JointGraph) -> set[fx.Node]:

@@ -22,8 +22,9 @@ from gtrans.analysis.schedule import Builder, Index, Schedule, Task
 from gtrans.errors import PlanError
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph, Placement, tag
+from gtrans.ir.ops import storage_of
 from gtrans.ir.sizes import tensor_bytes
-from gtrans.plan.cut import made_of_what_they_rebuild, recipe, storage_of
+from gtrans.plan.cut import made_of_what_they_rebuild, recipe
 
 # Row statistics and the like: waiting for a later reader costs them nothing worth the work.
 _SMALL = 1 / 256

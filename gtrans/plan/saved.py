@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from gtrans.ir.joint import JointGraph
+from gtrans.ir.ops import storage_of
 from gtrans.ir.printer import target_name
 from gtrans.ir.sizes import shape_text, tensor_bytes
 from gtrans.ir.source import Location, location
-from gtrans.plan.cut import storage_of
 
 
 @dataclass(frozen=True)

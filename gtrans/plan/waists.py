@@ -18,8 +18,8 @@ from torch import fx
 
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
+from gtrans.ir.ops import storage_of
 from gtrans.ir.sizes import tensor_bytes
-from gtrans.plan.cut import storage_of
 
 
 class Waists:

@@ -14,8 +14,9 @@ from torch import fx
 
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
+from gtrans.ir.ops import storage_of
 from gtrans.ir.printer import target_name
-from gtrans.plan.cut import cut_with_substitutes, minimum_cut, recipe, storage_of
+from gtrans.plan.cut import cut_with_substitutes, minimum_cut, recipe
 from gtrans.plan.planner import Plan
 from gtrans.plan.saved import saved_bytes
 from gtrans.rewrite.wires import erase_taps

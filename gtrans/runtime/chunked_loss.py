@@ -1,19 +1,29 @@
 """Cross-entropy of a linear layer, a chunk of tokens at a time.
 
-The gradients of a chunk are computed right behind its logits, which are then dropped. With
-p = softmax(h W^T + b) and the target distribution q (one-hot, smoothed by e: (1 - e) [c = y] + e/V)
+With logits z = h W^T + b, p = softmax(z), class weights w (1 if there are none), smoothing e and
+m_i = 0 for ignored tokens, the losses of torch are (y: the classes of the targets)
 
-    loss = 1/n sum_i sum_c -q_ic log p_ic          (n: tokens that are not ignored; 1 for a sum)
-    G    = p - q, zero for ignored tokens
-    dh = dy/n G W,    dW = dy/n G^T h,    db = dy/n sum_i G_i
+    loss_i = m_i [ -(1 - e) w_y log p_iy - e/V sum_c w_c log p_ic ]
+    mean   = sum_i loss_i / sum_i m_i w_y
 
-so the backward has nothing left to do but to multiply by its incoming cotangent dy.
+and the gradient of sum_i c_i loss_i is
+
+    G_ic = (1 - e) w_y (p_ic - [c = y]) + e/V (p_ic sum_k w_k - w_c)
+    dh = (m c) G W,    dW = G^T (m c h),    db = G^T (m c)
+
+A loss that is a sum or a mean knows c up to one number, its cotangent. So the gradients of a chunk
+are computed right behind its logits, which are then dropped, and the backward has nothing left to
+do but to multiply. For losses per token the backward computes the logits of each chunk again.
+
+The loop is one operator, so that no compiler reorders it or keeps the logits of two chunks.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+
+Reduction = Literal["mean", "sum", "none"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -25,8 +35,9 @@ def chunked_cross_entropy(
     target: torch.Tensor,
     chunks: int,
     dtype: torch.dtype,
+    class_weight: torch.Tensor | None = None,
     ignore_index: int = -100,
-    mean: bool = True,
+    reduction: Reduction = "mean",
     smoothing: float = 0.0,
 ) -> torch.Tensor:
     """cross_entropy(linear(hidden, weight, bias), target) without all logits at once.
@@ -35,67 +46,55 @@ def chunked_cross_entropy(
         hidden: [*s, D].
         weight: [V, D].
         bias: [V] or None.
-        target: class numbers, [n] with n the product of s.
+        target: class numbers, [*s].
         chunks: how many parts the tokens are taken in.
         dtype: of the result.
+        class_weight: [V] or None; it gets no gradient.
         ignore_index: the class of tokens that do not count.
-        mean: divide by the number of tokens that count; NaN if there are none, as in torch.
+        reduction: "mean" is NaN if no token counts, as in torch.
         smoothing: label smoothing.
 
     Returns:
-        The loss, a scalar.
+        The loss, a scalar; [*s] without a reduction.
     """
-    rows = hidden.flatten(0, -2)
-    options = (chunks, dtype, ignore_index, mean, smoothing, torch.is_grad_enabled())
-    loss: torch.Tensor = _ChunkedLoss.apply(rows, weight, bias, target, options)  # type: ignore[no-untyped-call]
-    return loss
+    if torch.is_autocast_enabled(hidden.device.type):
+        half = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(half), weight.to(half)
+        bias = None if bias is None else bias.to(half)
+    rows, labels = hidden.flatten(0, -2), target.reshape(-1)
+    options = (chunks, ignore_index, smoothing, torch.is_grad_enabled())
+    apply: Any = (_LossPerToken if reduction == "none" else _SummedLoss).apply
+    loss: torch.Tensor = apply(rows, weight, bias, labels, class_weight, options)
+    if reduction == "none":
+        return loss.to(dtype).view(target.shape)
+    if reduction == "mean":
+        counted = (labels != ignore_index).to(loss.dtype)
+        if class_weight is not None:
+            counted = counted * class_weight.to(loss.dtype)[labels.where(counted > 0, 0)]
+        # Without a token that counts the loss is NaN, and yet its gradient zero.
+        total = counted.sum()
+        loss = loss / torch.where((labels != ignore_index).any(), total, torch.inf)
+        loss = torch.where((labels != ignore_index).any(), loss, torch.nan)
+    return loss.to(dtype)
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """The loss of [n, D] rows; computes gradients in the forward, of what requires one."""
+class _SummedLoss(torch.autograd.Function):
+    """sum_i loss_i; computes the gradients of what requires one in the forward."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        target: torch.Tensor,
-        options: tuple[int, torch.dtype, int, bool, float, bool],
-    ) -> torch.Tensor:
-        chunks, dtype, ignore_index, mean, smoothing, enabled = options
-        wanted = [enabled and needs for needs in ctx.needs_input_grad[:3]]
-        count = (target != ignore_index).sum()
-        parts: list[torch.Tensor] = []
-        sums: list[torch.Tensor | None] = [None, None]
-        total: torch.Tensor | None = None
-        # Equal steps and a longer last one: all lie within the rows, so that a symbolic number of
-        # tokens asks no more than whether a step has two of them.
-        step = rows.shape[0] // chunks
-        for k in range(chunks):
-            length = step if k < chunks - 1 else rows.shape[0] - k * step
-            h, y = rows.narrow(0, k * step, length), target.narrow(0, k * step, length)
-            logits = F.linear(h, weight, bias)
-            loss, slope = _loss_and_slope(logits, y, ignore_index, smoothing, any(wanted))
-            total = loss if total is None else total + loss
-            if wanted[0]:
-                parts.append(_wide(slope @ weight.to(slope.dtype)))
-            if wanted[1]:
-                sums[0] = _plus(sums[0], _wide(slope.t() @ h.to(slope.dtype)))
-            if wanted[2]:
-                sums[1] = _plus(sums[1], _wide(slope).sum(0))
-        assert total is not None
-        scale = 1 / count.clamp(min=1).to(total.dtype) if mean else torch.ones_like(total)
-        found = [torch.cat(parts) if parts else None, *sums]
-        inputs = (rows, weight, bias)
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        *tensors, (*options, enabled) = arguments
+        wanted = [enabled and needed for needed in ctx.needs_input_grad[:3]]
+        losses, *slopes = linear_cross_entropy(*tensors, None, *options, wanted)
+        ctx.dtypes = [None if x is None else x.dtype for x in tensors[:3]]
         ctx.save_for_backward(
             *[
-                None if g is None or x is None else (g * scale.to(g.dtype)).to(_kept_in(x.dtype))
-                for g, x in zip(found, inputs, strict=True)
+                g.to(_kept_in(dtype)) if needed else None
+                for g, dtype, needed in zip(slopes, ctx.dtypes, wanted, strict=True)
             ]
         )
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        return (total / count if mean else total).to(dtype)
+        total: torch.Tensor = losses.sum()
+        return total
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
@@ -104,34 +103,141 @@ class _ChunkedLoss(torch.autograd.Function):
             None if g is None else (g * dy.to(g.dtype)).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
-def _loss_and_slope(
-    logits: torch.Tensor, target: torch.Tensor, ignore_index: int, smoothing: float, wanted: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss of a chunk, and p - q in the type of the logits."""
-    counts = (target != ignore_index).unsqueeze(-1)
-    labels = torch.where(counts, target.unsqueeze(-1), 0)
-    logp = F.log_softmax(_wide(logits), -1)
-    each = -logp.gather(-1, labels)
+class _LossPerToken(torch.autograd.Function):
+    """[loss_i]; computes the logits again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        *tensors, (*ctx.options, _) = arguments
+        ctx.save_for_backward(*tensors)
+        losses: torch.Tensor
+        losses, *_ = linear_cross_entropy(*tensors, None, *ctx.options, [False] * 3)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        wanted = list(ctx.needs_input_grad[:3])
+        _, *slopes = linear_cross_entropy(*ctx.saved_tensors, *cotangents, *ctx.options, wanted)
+        found = [
+            g.to(x.dtype) if needed else None
+            for g, x, needed in zip(slopes, ctx.saved_tensors, wanted, strict=False)
+        ]
+        return *found, None, None, None
+
+
+@torch.library.custom_op("gtrans::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    cotangent: torch.Tensor | None,
+    chunks: int,
+    ignore_index: int,
+    smoothing: float,
+    wanted: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses of [n, D] rows, and gradients of their sum weighted by a cotangent [n] (1 if None).
+
+    Gradients are in float32 where they are sums of halves over chunks or would underflow before
+    the loss scale, which comes with the cotangent, is multiplied in. What is not wanted (of rows,
+    weight, bias) is an empty tensor.
+    """
+    losses, found = _empty(rows, weight, wanted)
+    for gradient in found[1:]:
+        gradient.zero_()
+    step = -(-rows.shape[0] // chunks)
+    for start in range(0, rows.shape[0], max(step, 1)):
+        part = slice(start, start + step)
+        h, y = rows[part], target[part]
+        counts = (y != ignore_index).to(losses.dtype)
+        y = y.where(counts > 0, 0)
+        logp = _wide(F.linear(h, weight, bias)).log_softmax(-1)
+        losses[part] = _losses(logp, y, class_weight, smoothing) * counts
+        if not any(wanted):
+            continue
+        scale = counts if cotangent is None else counts * cotangent[part].to(counts.dtype)
+        slope = _slope_in_place(logp, y, class_weight, smoothing)
+        del logp
+        slope, scale = slope.to(weight.dtype), scale.unsqueeze(-1)
+        if wanted[0]:
+            found[0][part] = (slope @ weight).to(found[0].dtype).mul_(scale)
+        scaled = h * scale.to(h.dtype)
+        if wanted[1] and found[1].dtype == slope.dtype:
+            found[1].addmm_(slope.t(), scaled)
+        elif wanted[1]:
+            found[1].add_(slope.t() @ scaled)
+        if wanted[2]:
+            found[2].add_((slope.t() @ scale.to(slope.dtype)).squeeze(-1))
+    return losses, *found
+
+
+@linear_cross_entropy.register_fake
+def _(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    cotangent: torch.Tensor | None,
+    chunks: int,
+    ignore_index: int,
+    smoothing: float,
+    wanted: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    losses, found = _empty(rows, weight, wanted)
+    return losses, *found
+
+
+def _empty(
+    rows: torch.Tensor, weight: torch.Tensor, wanted: list[bool]
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Room for the losses, and for the gradients of rows, weight and bias."""
+    total = torch.float32 if rows.dtype in _HALF else rows.dtype
+    sizes = [rows.shape, weight.shape, weight.shape[:1]]
+    found = [
+        rows.new_empty(size if asked else (0,), dtype=dtype)
+        for size, asked, dtype in zip(
+            sizes, wanted, (_kept_in(rows.dtype), total, total), strict=True
+        )
+    ]
+    return rows.new_empty(rows.shape[:1], dtype=total), (found[0], found[1], found[2])
+
+
+def _losses(
+    logp: torch.Tensor, y: torch.Tensor, class_weight: torch.Tensor | None, smoothing: float
+) -> torch.Tensor:
+    w = None if class_weight is None else class_weight.to(logp.dtype)
+    each = -logp.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    if w is not None:
+        each = each * w[y]
     if smoothing > 0:
-        each = (1 - smoothing) * each - smoothing * logp.mean(-1, keepdim=True)
-    loss = torch.where(counts, each, 0).sum()
-    if not wanted:
-        return loss, logits
-    slope = logp.exp() - smoothing / logits.shape[-1]
-    certain = torch.full_like(labels, smoothing - 1, dtype=slope.dtype)
-    slope = torch.where(counts, slope.scatter_add(-1, labels, certain), 0)
-    return loss, slope.to(logits.dtype)
+        spread = logp.mean(-1) if w is None else logp @ w / logp.shape[-1]
+        each = (1 - smoothing) * each - smoothing * spread
+    return each
 
 
-def _plus(total: torch.Tensor | None, term: torch.Tensor) -> torch.Tensor:
-    return term if total is None else total + term
+def _slope_in_place(
+    logp: torch.Tensor, y: torch.Tensor, class_weight: torch.Tensor | None, smoothing: float
+) -> torch.Tensor:
+    """G, in the place of log p."""
+    slope, one = logp.exp_(), torch.ones_like(y, dtype=logp.dtype)
+    w = None if class_weight is None else class_weight.to(logp.dtype)
+    certain = (1 - smoothing) * (one if w is None else w[y])
+    if w is not None:
+        slope.mul_((certain + smoothing * w.mean()).unsqueeze(-1))
+    slope.scatter_add_(-1, y.unsqueeze(-1), -certain.unsqueeze(-1))
+    if smoothing > 0:
+        slope.sub_((1 if w is None else w) * (smoothing / slope.shape[-1]))
+    return slope
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """Sums over chunks are taken in float32: a half has too few digits for them."""
+    """Softmax and sums over chunks are taken in float32: a half has too few digits for them."""
     return x.float() if x.dtype in _HALF else x
 
 

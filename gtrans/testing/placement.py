@@ -13,9 +13,9 @@ from gtrans.core import Knob, Pass, Permission, Stats
 from gtrans.ir import ops
 from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.joint import JointGraph, Placement, tag
+from gtrans.ir.ops import storage_of
 from gtrans.ir.printer import target_name
 from gtrans.ir.sizes import shape_text
-from gtrans.plan.cut import storage_of
 
 
 @dataclass(frozen=True)

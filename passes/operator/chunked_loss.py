@@ -6,44 +6,37 @@
 
 Shapes: h: [*s, D]; W: [V, D]; b: [V]; z: [*s, V]; y: [n], n the product of s.
 Saves: logits and their log-softmax, about 2 n V elements; keeps dh and dW, n D + V D, instead.
-Costs: nothing in training: the three products are those of the backward, done earlier.
+Costs: nothing in training: the three products are those of the backward, done earlier. Without a
+    reduction nothing but h is kept, and the first product is done again.
 Contract: exact up to the order of sums (dW is summed chunk by chunk).
-Needs: nothing else reads the logits; class numbers as targets, no class weights.
+Needs: nothing else reads the logits; class numbers as targets.
 Source: the loss of Liger Kernel (arXiv:2410.10989, section 3.2), in plain torch; not its kernels.
 """
 
-import inspect
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import fx
 
 from gtrans.contract import Contract, Exact
 from gtrans.core import Knob, SitePass, require
-from gtrans.ir.forward import ForwardGraph, value
+from gtrans.ir.forward import ForwardGraph, arguments, value
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import numel
+from gtrans.rewrite.row_steps import RowSteps, product_behind
 from gtrans.runtime.chunked_loss import chunked_cross_entropy
-
-_RESHAPES = ("float", "view", "reshape", "flatten", "contiguous", "to")
 
 
 @dataclass(frozen=True)
 class ChunkedLoss(SitePass[ForwardGraph]):
-    """Never hold all logits of a cross-entropy.
-
-    Args:
-        chunks: how many parts the tokens are taken in.
-        min_numel: leave losses with fewer logits alone.
-    """
+    """Never hold all logits of a cross-entropy: `chunks` parts, from `min_numel` logits on."""
 
     name: ClassVar[str] = "chunked-loss"
     knob: ClassVar[Knob] = Knob.OPERATOR
     works_on: ClassVar[type[JointGraph] | type[ForwardGraph]] = ForwardGraph
+    contract: ClassVar[Contract] = Exact(bitwise=False)
 
     chunks: int = 8
     min_numel: int = 1 << 20
@@ -53,96 +46,32 @@ class ChunkedLoss(SitePass[ForwardGraph]):
             given = getattr(self, option)
             require(given >= 1, f"chunked-loss: {option} must be at least 1, got {given}")
 
-    @property
-    def contract(self) -> Contract:
-        """The same gradient, up to the order of sums."""
-        return Exact(bitwise=False)
-
     def sites(self, graph: ForwardGraph) -> Iterable[fx.Node]:
         """Every cross-entropy."""
         return graph.calls(F.cross_entropy)
 
     def refuse(self, graph: ForwardGraph, site: fx.Node) -> str | None:
-        """Refuses losses of anything but a product that nobody else reads."""
-        given = _arguments(site)
-        logits, target = value(given["input"]), value(given["target"])
-        if given["reduction"] not in ("mean", "sum"):
-            return "no scalar loss"
-        if given["weight"] is not None:
-            return "has class weights"
-        if target.is_floating_point():
+        """Refuses losses of anything but rows of a product that nobody else reads."""
+        given = arguments(site)
+        logits = value(given["input"])
+        if given["size_average"] is not None or given["reduce"] is not None:
+            return "it has arguments that torch deprecates"
+        if value(given["target"]).is_floating_point():
             return "its targets are probabilities"
-        if logits.dim() != 2:
-            return "its logits are not [tokens, classes]"
         if numel(logits) < self.min_numel:
             return "fewer logits than min_numel"
-        product = _chain(given["input"])
-        if isinstance(product, str):
-            return product
-        weight = _factors(product)[1]
-        return None if weight is not None else f"its logits come from {_name(product)}"
+        found = product_behind(given["input"])
+        if isinstance(found, RowSteps) and (logits.dim() < 2 or found.axis != 1):
+            return "its classes are not the outputs of the product"
+        return found if isinstance(found, str) else None
 
     def rewrite(self, graph: ForwardGraph, site: fx.Node) -> None:
         """Calls the chunked loss instead."""
-        given = _arguments(site)
-        product = _chain(given["input"])
-        assert isinstance(product, fx.Node)
-        hidden, weight, bias = _factors(product)
-        loss = graph.insert_before(
-            site,
-            chunked_cross_entropy,
-            hidden,
-            weight,
-            bias,
-            given["target"],
-            self.chunks,
-            value(site).dtype,
-            given["ignore_index"],
-            given["reduction"] == "mean",
-            given["label_smoothing"],
-        )
-        graph.replace(site, loss)
-
-
-def _arguments(site: fx.Node) -> dict[str, Any]:
-    bound = inspect.signature(F.cross_entropy).bind(*site.args, **site.kwargs)
-    bound.apply_defaults()
-    return bound.arguments
-
-
-def _chain(node: fx.Node) -> fx.Node | str:
-    """The product behind casts and reshapes that keep its rows, or why there is none."""
-    classes = value(node).shape[-1]
-    while True:
-        if len(node.users) > 1:
-            return "its logits are read elsewhere too"
-        if value(node).shape[-1] != classes:
-            return "a reshape mixes classes and tokens"
-        if node.op != "call_method" or node.target not in _RESHAPES:
-            return node
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        node = source
-
-
-def _factors(product: fx.Node) -> tuple[Any, Any, Any]:
-    """(hidden, weight [V, D], bias or None) of a linear layer or a product with W^T."""
-    if product.target is F.linear:
-        bound = dict(zip(("input", "weight", "bias"), product.args, strict=False)) | product.kwargs
-        return bound["input"], bound["weight"], bound.get("bias")
-    if product.target in (torch.matmul, operator.matmul):
-        hidden, turned = product.args
-        if isinstance(turned, fx.Node) and _is_transpose(turned):
-            return hidden, turned.args[0], None
-    return None, None, None
-
-
-def _is_transpose(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        swaps = node.target == "transpose" and set(node.args[1:]) in ({0, 1}, {-1, -2})
-        return node.target == "t" or swaps
-    return node.target is getattr and node.args[1] in ("T", "mT")
-
-
-def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
+        given = arguments(site)
+        found = product_behind(given["input"])
+        assert isinstance(found, RowSteps)
+        names = ("weight", "ignore_index", "reduction", "label_smoothing")
+        options = [self.chunks, value(site).dtype, *(given[name] for name in names)]
+        factors = found.rows(graph, site), found.outputs_first(graph, site), found.bias
+        call = (chunked_cross_entropy, *factors, given["target"], *options)
+        graph.replace(site, graph.insert_before(site, *call))

@@ -14,7 +14,6 @@ Source: gtrans; the bounds are those of torch's operators.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -26,33 +25,20 @@ from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import numel
 
-_WIDE = (torch.int64, torch.int32)
-_NARROW = (torch.uint8, torch.int16, torch.int32)
-
 
 @dataclass(frozen=True)
 class NarrowIntegers(SitePass[JointGraph]):
-    """Offer indices from a copy in a narrower type.
-
-    Args:
-        min_numel: leave tensors with fewer elements alone.
-    """
+    """Offer indices of at least `min_numel` elements from a copy in a narrower type."""
 
     name: ClassVar[str] = "narrow-integers"
     knob: ClassVar[Knob] = Knob.RESIDUAL
+    contract: ClassVar[Contract] = Exact()
 
     min_numel: int = 4096
 
     def __post_init__(self) -> None:
-        require(
-            self.min_numel >= 1,
-            f"narrow-integers: min_numel must be at least 1, got {self.min_numel}",
-        )
-
-    @property
-    def contract(self) -> Contract:
-        """The same gradient, bit for bit."""
-        return Exact()
+        problem = f"narrow-integers: min_numel must be at least 1, got {self.min_numel}"
+        require(self.min_numel >= 1, problem)
 
     def sites(self, graph: JointGraph) -> Iterable[fx.Node]:
         """Every wide integer value with a storage of its own that the backward reads."""
@@ -69,29 +55,15 @@ class NarrowIntegers(SitePass[JointGraph]):
             return "its operator states no bound"
         if not isinstance(count, int):
             return "its bound is a symbolic size"
-        return "already as narrow as its bound" if _dtype(site, count) is None else None
+        return "already as narrow as its bound" if ops.narrowest_index(site) is None else None
 
     def rewrite(self, graph: JointGraph, site: fx.Node) -> None:
         """Narrows in the forward and offers the widened copy to the backward."""
-        count = ops.index_bound(site)
-        assert isinstance(count, int)
-        narrow = partial(_convert, dtype=_dtype(site, count))
-        (copy,) = graph.splice_after(site, narrow, site)
-        graph.offer(site, partial(_convert, dtype=site.meta["val"].dtype), copy)
-
-
-def _convert(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    return x.to(dtype)
+        (copy,) = graph.splice_after(site, torch.Tensor.to, site, ops.narrowest_index(site))
+        graph.offer(site, torch.Tensor.to, copy, site.meta["val"].dtype)
 
 
 def _is_wide(graph: JointGraph, node: fx.Node) -> bool:
     val = node.meta.get("val")
-    wide = isinstance(val, torch.Tensor) and val.dtype in _WIDE
+    wide = isinstance(val, torch.Tensor) and val.dtype in (torch.int64, torch.int32)
     return wide and graph.is_forward(node) and not ops.is_view(node)
-
-
-def _dtype(node: fx.Node, count: int) -> torch.dtype | None:
-    """The narrowest type for 0 ... count - 1, if it is narrower than the value's own."""
-    own = torch.iinfo(node.meta["val"].dtype)
-    fitting = (d for d in _NARROW if torch.iinfo(d).max >= count - 1)
-    return next((d for d in fitting if torch.iinfo(d).bits < own.bits), None)

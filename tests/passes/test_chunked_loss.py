@@ -37,10 +37,18 @@ class Tokens(nn.Module):
         self.head = nn.Linear(D, V, bias=bias)
         if tied:
             self.head.weight = self.embedding.weight
+        self.turned = nn.Parameter(torch.randn(D, V))
+        self.offset = nn.Parameter(torch.randn(V))
+        self.rarity = nn.Buffer(torch.rand(V) + 0.5)
         self.loss = loss
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> Any:
         return self.loss(self, torch.tanh(self.layer(self.embedding(tokens))), labels)
+
+
+def used(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that every loss needs."""
+    return [p for name, p in model.named_parameters() if name not in ("turned", "offset")]
 
 
 def plain(m: Tokens, h: torch.Tensor, y: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -71,7 +79,7 @@ def test_the_loss_takes_the_place_of_product_and_loss() -> None:
     lines = [line.strip() for line in after.splitlines() if "chunked_cross_entropy(" in line]
     (line,) = lines
     assert line.endswith("# f32[]  <- chunked-loss")
-    assert ", None, view_1, 2, torch.float32, -100, True, 0.0)" in line
+    assert ", None, view_1, 2, torch.float32, None, -100, 'mean', 0.0)" in line
     assert "= cross_entropy(" not in after
     assert "float" not in after.replace("torch.float32", "")
     assert (stats.matched, stats.rewritten) == (1, 1)
@@ -122,6 +130,38 @@ LOSSES: dict[str, Loss] = {
     ),
     "module": lambda m, h, y: 3 * nn.CrossEntropyLoss()(m.head(h).view(-1, V), y.view(-1)),
     "squared": lambda m, h, y: plain(m, h, y).square(),
+    "matmul by [D, V]": lambda m, h, y: F.cross_entropy(
+        torch.addmm(m.offset, h.flatten(0, 1), m.turned), y.flatten()
+    ),
+    "shifted": lambda m, h, y: F.cross_entropy(
+        m.head(h)[..., :-1, :].contiguous().view(-1, V), y[..., 1:].reshape(-1)
+    ),
+    "shifted by narrow, in double": lambda m, h, y: F.cross_entropy(
+        m.head(h).narrow(1, 0, 4).double().flatten(end_dim=-2), y[:, 1:].flatten()
+    ),
+    "classes second": lambda m, h, y: F.cross_entropy(
+        m.head(h).unsqueeze(2)[:, 1:].permute(0, 3, 1, 2), y[:, 1:, None], reduction="sum"
+    ),
+    "last token": lambda m, h, y: F.cross_entropy(m.head(h)[:, -1], y[:, -1]),
+    "chosen tokens": lambda m, h, y: F.cross_entropy(
+        m.head(h).flatten(0, 1).index_select(0, y[0]), y[0]
+    ),
+    "indexed tokens": lambda m, h, y: F.cross_entropy(m.head(h).flatten(0, 1)[y[0]], y[0]),
+    "no reduction": lambda m, h, y: (plain(m, h, y, reduction="none") * torch.arange(15.0)).sum(),
+    "no reduction, classes second": lambda m, h, y: (
+        F.cross_entropy(
+            m.head(h).transpose(1, 2), y, reduction="none", label_smoothing=0.1, weight=m.rarity
+        )
+        .square()
+        .mean()
+    ),
+    "class weights": lambda m, h, y: plain(m, h, y, weight=m.rarity),
+    "class weights, smoothed": lambda m, h, y: plain(
+        m, h, y, weight=m.rarity, label_smoothing=0.3, ignore_index=2
+    ),
+    "class weights, smoothed sum": lambda m, h, y: plain(
+        m, h, y, weight=m.rarity, label_smoothing=0.3, reduction="sum"
+    ),
 }
 
 
@@ -130,13 +170,13 @@ def test_gradients_are_those_of_autograd(name: str) -> None:
     both(LOSSES[name], tokens())
 
 
-@pytest.mark.parametrize("name", ["mean", "sum", "smoothed"])
+@pytest.mark.parametrize("name", ["mean", "sum", "smoothed", "no reduction", "class weights"])
 @pytest.mark.parametrize("ignored", [4, 15], ids=["one chunk", "all"])
 def test_ignored_tokens_do_not_count(name: str, ignored: int) -> None:
     found = both(LOSSES[name], all_but(ignored))
     loss = found.outputs["output 0"]
     assert loss is not None
-    assert bool(loss.isnan()) is (ignored == 15 and name != "sum")
+    assert bool(loss.isnan()) is (ignored == 15 and name not in ("sum", "no reduction"))
 
 
 def test_a_bias_an_untied_head_and_fewer_tokens_than_chunks() -> None:
@@ -171,8 +211,8 @@ def test_one_graph_serves_any_number_of_tokens() -> None:
     call = compiled_call(model, compiler, dynamic=True)
     for length in (6, 7, 9, 11):  # two tokens a chunk and more: Dynamo treats sizes 0 and 1 apart
         batch = tokens(3, length)
-        expected = torch.autograd.grad(model(*batch), list(model.parameters()))
-        found = torch.autograd.grad(call(*batch), list(model.parameters()))
+        expected = torch.autograd.grad(model(*batch), used(model))
+        found = torch.autograd.grad(call(*batch), used(model))
         torch.testing.assert_close(found, expected)
     assert sum(c.training for c in compiler.captured) == 1
 
@@ -181,7 +221,7 @@ def test_one_graph_serves_any_number_of_tokens() -> None:
 def test_half_precision_is_as_close_to_float32_as_the_plain_step(where: str) -> None:
     torch.manual_seed(0)
     model, batch = Tokens(plain), tokens(4, 16)
-    wide = torch.autograd.grad(model(*batch), list(model.parameters()))
+    wide = torch.autograd.grad(model(*batch), used(model))
     if where == "bfloat16":
         model = model.to(torch.bfloat16)
     compiler = Compiler(Pipeline((ChunkedLoss(min_numel=1),)), "eager", skip_failures=False)
@@ -189,7 +229,7 @@ def test_half_precision_is_as_close_to_float32_as_the_plain_step(where: str) -> 
     with torch.autocast("cpu", torch.bfloat16, enabled=where == "autocast"):
         losses = model(*batch), call(*batch)
     assert losses[0].dtype == losses[1].dtype
-    plain_step, chunked = (torch.autograd.grad(x, list(model.parameters())) for x in losses)
+    plain_step, chunked = (torch.autograd.grad(x, used(model)) for x in losses)
     for a, b, c in zip(wide, plain_step, chunked, strict=True):
         assert b.dtype == c.dtype
         assert (c - a).norm() <= 1.5 * (b - a).norm() + 1e-3 * a.norm()
@@ -234,19 +274,21 @@ def test_saved_bytes_and_peak_lose_the_logits() -> None:
 # ------------------------------------------------------------------------------------- reasons
 
 REASONS: dict[str, Loss] = {
-    "no scalar loss": lambda m, h, y: plain(m, h, y, reduction="none"),
-    "has class weights": lambda m, h, y: plain(m, h, y, weight=torch.ones(V)),
+    "it has arguments that torch deprecates": lambda m, h, y: plain(m, h, y, reduce=False).sum(),
     "its targets are probabilities": lambda m, h, y: F.cross_entropy(
         m.head(h).view(-1, V), torch.softmax(y.view(-1, 1) * torch.ones(V), -1)
     ),
-    "its logits are not [tokens, classes]": lambda m, h, y: F.cross_entropy(
-        m.head(h).transpose(1, 2), y
+    "its classes are not the outputs of the product": lambda m, h, y: F.cross_entropy(
+        m.head(h), y[:, :1].expand(3, V) % 5
     ),
+    "its logits are rounded on the way": lambda m, h, y: F.cross_entropy(
+        m.head(h).bfloat16().view(-1, V), y.view(-1)
+    ).float(),
     "its logits are read elsewhere too": lambda m, h, y: (
         F.cross_entropy((z := m.head(h)).view(-1, V), y.view(-1)),
         z,
     ),
-    "a reshape mixes classes and tokens": lambda m, h, y: F.cross_entropy(
+    "a step on the way mixes classes and tokens": lambda m, h, y: F.cross_entropy(
         m.head(h).view(-1, 1), y.view(-1).repeat(V) * 0
     ),
     "its logits come from tanh": lambda m, h, y: F.cross_entropy(
@@ -255,6 +297,7 @@ REASONS: dict[str, Loss] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:size_average and reduce args:UserWarning")
 @pytest.mark.parametrize("reason", REASONS)
 def test_each_reason_to_leave_a_loss_alone(reason: str) -> None:
     assert captured(REASONS[reason])[2].skipped == {reason: 1}
@@ -268,3 +311,72 @@ def test_small_losses_are_left_alone() -> None:
 def test_options_must_be_positive(option: str) -> None:
     with pytest.raises(OptionError, match=f"chunked-loss: {option} must be at least 1, got 0"):
         Pipeline.parse(f"chunked-loss{{{option}=0}}")
+
+
+# ---------------------------------------------------------------------------- losses as they are
+
+
+def language_model(kind: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes: dict[str, Any] = {
+        "vocab_size": 61, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }  # fmt: skip
+    if kind == "bert":
+        model: nn.Module = transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    return model.train()
+
+
+class LossOnly(nn.Module):
+    """As training loops have it that want nothing but the loss."""
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.options = options
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        return self.model(input_ids=ids, labels=labels, **self.options).loss
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama with a count", "bert"])
+def test_losses_of_transformers_are_found_as_they_are(kind: str) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"use_cache": False} if kind != "bert" else {}
+    if kind.endswith("count"):
+        options["num_items_in_batch"] = torch.tensor(9)
+    model = LossOnly(language_model(kind.split()[0]).eval(), **options)
+    ids = torch.randint(61, (2, 8))
+    labels = ids.where(ids > 20, -100)
+    expected = kit.Runner(model, (ids, labels)).step()
+    runner = kit.Runner(model, (ids, labels), Pipeline((ChunkedLoss(chunks=3, min_numel=1),)))
+    found = runner.step()
+    assert runner.rewritten == 1
+    for name, value in expected.gradients.items():
+        torch.testing.assert_close(found.gradients[name], value, msg=name)
+
+
+def test_logits_that_are_returned_as_well_are_kept_with_the_reason() -> None:
+    model = language_model("llama")
+    ids = torch.randint(61, (2, 8))
+    compiler = Compiler(Pipeline((ChunkedLoss(min_numel=1),)), "eager", skip_failures=False)
+    compiled_call(model, compiler)(input_ids=ids, labels=ids, use_cache=False)
+    (step,) = compiler.captured[0].forward_steps
+    assert step.stats.skipped == {"its logits are read elsewhere too": 1}
+
+
+def test_no_value_has_room_for_all_logits() -> None:
+    class Sliced(Wide):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(self.head(torch.tanh(self.layer(x)))[:-1].float(), y[1:])
+
+    count, vocabulary = 64, 512
+    compiler = Compiler(Pipeline((ChunkedLoss(min_numel=1),)), "eager", skip_failures=False)
+    x, y = torch.randn(count, 16), torch.randint(vocabulary, (count,))
+    compiled_call(Sliced(vocabulary), compiler)(x, y)
+    joint = compiler.captured[0].rewritten
+    assert joint is not None
+    values = [n.meta["val"] for n in joint.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    assert max(v.numel() for v in values) <= 16 * vocabulary

@@ -11,7 +11,8 @@ from torch import fx, nn
 
 from gtrans.errors import PlanError
 from gtrans.ir.joint import Input, JointGraph, Signature
-from gtrans.plan.cut import minimum_cut, read_directly, storage_of
+from gtrans.ir.ops import storage_of
+from gtrans.plan.cut import minimum_cut, read_directly
 from gtrans.plan.saved import saved_bytes, saved_values
 from tests.ir.graphs import Written, joint_of, joint_with
 
