@@ -15,6 +15,7 @@ from gtrans.plan.budget import plain_liveness
 from gtrans.plan.planner import Plan
 from gtrans.plan.saved import SavedValue
 from gtrans.seeing.missed import MissedRow, missed_rows
+from gtrans.seeing.timeline import Timeline, timeline_of
 
 if TYPE_CHECKING:
     from gtrans.capture import Captured
@@ -48,6 +49,25 @@ class SavedRow:
         flat["location"] = str(self.example.location)
         flat["readers"] = list(self.example.readers)
         return {"count": self.count, "bytes": self.bytes, "modules": self.modules, **flat}
+
+
+@dataclass(frozen=True)
+class GraphMemory:
+    """The memory of one graph, as autograd would run it and as the passes leave it.
+
+    Attributes:
+        index: number of the graph.
+        before: as autograd would run it.
+        after: as the passes leave it.
+        held_before: bytes that other graphs hold meanwhile.
+        held_after: the same with the passes.
+    """
+
+    index: int
+    before: Liveness
+    after: Liveness
+    held_before: int
+    held_after: int
 
 
 @dataclass(frozen=True)
@@ -90,14 +110,37 @@ class Explanation:
     @cached_property
     def plain_peak(self) -> int:
         """The same if nothing had been rewritten, as autograd would."""
-        peaks = []
+        return max((v.peak + held for v, held in self._plain), default=0)
+
+    @cached_property
+    def _plain(self) -> list[tuple[Liveness, int]]:
+        """The memory of each training graph as autograd would run it, and what others hold then."""
+        found = []
         for c in self.training:
             if c.original is not None:
-                around = c.original.surroundings
-                peaks.append(
-                    around.plain_peak or plain_liveness(c.original).peak + around.held_bytes
-                )
-        return max(peaks, default=0)
+                earlier = {o.frame: o for o in self.training if o.frame < c.frame}.values()
+                held = c.original.surroundings.held_bytes
+                held += sum(o.saved_bytes_before - o.saved_bytes for o in earlier)
+                found.append((plain_liveness(c.original), held))
+        return found
+
+    def one_step(self) -> list[GraphMemory]:
+        """The memory of the graphs that one step runs; of code captured several times, the last."""
+        found: dict[int, GraphMemory] = {}
+        graphs = [c for c in self.training if c.rewritten is not None]
+        for c, after, (before, held) in zip(graphs, self.liveness, self._plain, strict=True):
+            assert c.rewritten is not None
+            around = c.rewritten.surroundings
+            found[c.frame] = GraphMemory(c.index, before, after, held, around.held_bytes)
+        return list(found.values())
+
+    def timeline(self) -> Timeline:
+        """Memory over the step, before and after, and what is alive at the peak.
+
+        Raises:
+            ModelError: nothing that trains was captured.
+        """
+        return timeline_of(self)
 
     @property
     def budget(self) -> int | None:

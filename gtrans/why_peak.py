@@ -1,13 +1,15 @@
 """What is alive when a step's memory peaks, and which line of the model made it."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gtrans.errors import ModelError
-from gtrans.explanation import Explanation
 from gtrans.ir.sizes import human
 from gtrans.ir.source import Location, location
 from gtrans.plan.alive import AliveRow, alive_rows
+
+if TYPE_CHECKING:
+    from gtrans.explanation import Explanation
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class WhyPeak:
         return {**flat, "location": str(self.location), "rows": rows}
 
 
-def why_peak(explanation: Explanation) -> WhyPeak:
+def why_peak(explanation: "Explanation") -> WhyPeak:
     """Finds the peak of an explained step over all its graphs.
 
     Raises:

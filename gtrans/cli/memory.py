@@ -1,5 +1,6 @@
-"""`gtrans saved` and `gtrans why-peak`: what is in memory, why, and from which line."""
+"""`gtrans saved`, `timeline` and `why-peak`: what is in memory, why, and from which line."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +16,10 @@ SAVED_EXAMPLES = examples(
     "gtrans saved model.py:make",
     "gtrans saved 'hf:gpt2?n_layer=2&n_embd=64&n_head=4' --each",
     "gtrans saved model.py:make --memory 40% --json",
+)
+TIMELINE_EXAMPLES = examples(
+    "gtrans timeline model.py:make",
+    "gtrans timeline model.py:make --memory 40% -o timeline.svg -o timeline.png",
 )
 WHY_PEAK_EXAMPLES = examples("gtrans why-peak model.py:make --memory 40%")
 
@@ -53,6 +58,36 @@ def saved(
 
 
 @on_model
+def timeline(
+    request: Request,
+    out: Annotated[
+        list[Path] | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Write it as .svg, .png or .txt too."),
+    ] = None,
+) -> None:
+    """Draw the memory of a step over its operators, before and after the passes.
+
+    Marks forward, backward and the peak, and lists what is alive then with the lines that made it.
+    Nothing is run: the allocator is simulated.
+    """
+    explanation, seconds = request.explained()
+    drawn = explanation.timeline()
+    files = [str(drawn.save(path)) for path in out or ()]
+    if request.as_json:
+        print_json({"model": request.model, "files": files, **drawn.to_dict()})
+        return
+    screen = console()
+    screen.print(drawn.summary, style="bold")
+    screen.print()
+    screen.print(drawn.text(width=max(20, min(120, screen.width - 14))), soft_wrap=True)
+    screen.print()
+    screen.print(str(drawn.why), soft_wrap=True)
+    for file in files:
+        remark(f"wrote {file}")
+    remark(f"captured and simulated in {seconds:.1f} s; what is kept: {request.command('saved')}")
+
+
+@on_model
 def why_peak(request: Request) -> None:
     """Say what is in memory when the step peaks, and which lines made it."""
     from gtrans.why_peak import why_peak
@@ -63,7 +98,7 @@ def why_peak(request: Request) -> None:
         print_json({"model": request.model, **why.to_dict()})
         return
     console().print(str(why), soft_wrap=True)
-    remark(f"captured in {seconds:.1f} s; what is kept, and why: {request.command('saved')}")
+    remark(f"captured in {seconds:.1f} s; over the whole step: {request.command('timeline')}")
 
 
 def _total(explanation: "Explanation") -> str:

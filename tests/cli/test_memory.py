@@ -1,6 +1,7 @@
 """The commands that show memory: `saved`, `why-peak`, and budgets wherever a plan matters."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,4 +84,23 @@ def test_the_command_to_try_next_repeats_the_options(run: Run, model_file: str) 
     assert (
         "gtrans verify model.py:make --passes relu-mask,plan --skip relu-mask --memory 1.0 --seed 3"
         in text
+    )
+
+
+def test_timeline_prints_and_writes_pictures(
+    run: Run, run_json: RunJson, model_file: str, tmp_path: Path
+) -> None:
+    result = run("timeline", f"{model_file}:make", "-o", "a.svg", "-o", "a.txt")
+    value = run_json("timeline", f"{model_file}:make", "-o", "a.svg")
+
+    assert "|forward" in result.stdout
+    assert "^ peak" in result.stdout
+    assert "wrote a.svg\nwrote a.txt" in result.stderr
+    assert (tmp_path / "a.svg").read_text().startswith("<svg")
+    assert value["files"] == ["a.svg"]
+    assert value["parts"][0].keys() == {"half", "graph", "before", "after"}
+    assert max(max(p["after"]) for p in value["parts"]) == value["peak_bytes"]
+    assert (
+        "a timeline is drawn as"
+        in run("timeline", f"{model_file}:make", "-o", "a.pdf", code=2).stderr
     )
