@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gtrans.api import explain, optimize, report, restore
+    from gtrans.api import explain, optimize, report, restore, restructure
     from gtrans.contract import (
         Aligned,
         Attribution,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "gtrans.api": ("explain", "optimize", "report", "restore"),
+    "gtrans.api": ("explain", "optimize", "report", "restore", "restructure"),
     "gtrans.contract": (
         "Aligned",
         "Attribution",
@@ -70,6 +70,7 @@ __all__ = [
     "prune",
     "report",
     "restore",
+    "restructure",
     "verify",
 ]
 

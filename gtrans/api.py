@@ -1,20 +1,25 @@
-"""What users call: `optimize`, `restore`, `explain` and `report`."""
+"""What users call: `optimize`, `restore`, `explain`, `report` and `restructure`."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from gtrans.capture import Compiler, Resident, capture_always, compiled_call
 from gtrans.errors import CaptureError, GTransError, ModelError, OptionError
 from gtrans.explanation import Explanation
 from gtrans.ir.joint import JointGraph
+from gtrans.ir.program import Program, export_program
 from gtrans.memory import Budget
 from gtrans.pipeline import Pipeline
 from gtrans.plan.planner import Plan
+from gtrans.rewrite.program_module import as_module
+
+log = logging.getLogger("gtrans")
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -144,6 +149,49 @@ def explained(
     compiler.resident = Resident.of(model)
     capture(model, compiler, inputs, keyword_inputs)
     return Explanation(compiler.pipeline, compiler.captured)
+
+
+def restructure(
+    model: nn.Module, *inputs: Any, passes: str | Pipeline, **keyword_inputs: Any
+) -> fx.GraphModule:
+    """A new model with other parameters that computes what the passes' contracts say.
+
+    The forward is captured as one graph (`torch.export`) in the mode the model is in. The result
+    has the model's parameters under their old names; train it, or give it to `optimize`, like any
+    module. `gtrans.prune(model, ...).erase()` keeps the model's class instead.
+
+    Args:
+        model: any module; it stays as it is.
+        inputs: positional inputs to capture it with.
+        passes: passes of the knob "parameters", such as "erase-zeros".
+        keyword_inputs: keyword inputs.
+
+    Returns:
+        The new model; `meta["steps"]` says what each pass did, and so does a warning if that is
+        nothing.
+
+    Raises:
+        OptionError: a pass or option is unknown, or a pass does not work on parameters.
+        ModelError: not a module.
+        CaptureError: the forward cannot be captured as one graph.
+        GTransError: a pass failed; the message names it.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    pipeline = Pipeline.parse(passes)
+    for p in pipeline.passes:
+        if p.works_on is not Program:
+            raise OptionError(
+                f"pass {p.name!r} rewrites the training step, not the parameters; give it to "
+                f"gtrans.optimize(model, passes={str(p)!r})"
+            )
+    program, steps = pipeline.run(export_program(model, inputs, keyword_inputs))
+    if not any(step.stats.rewritten for step in steps):
+        did = "; ".join(f"{step.text}: {step.stats}" for step in steps)
+        log.warning("%s is restructured in nothing (%s)", type(model).__name__, did or "no passes")
+    module, _ = as_module(program, type(model).__name__)
+    module.meta["steps"] = steps
+    return module
 
 
 def planned(

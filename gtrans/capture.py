@@ -23,12 +23,13 @@ from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import CompileContext, TracingContext
 
 from gtrans.contract import Contract, compose_all
-from gtrans.errors import CaptureError, GTransError
+from gtrans.errors import CaptureError, GTransError, OptionError
 from gtrans.ir import ops
 from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.half import Backend, Half, Role, Runnable
 from gtrans.ir.joint import Input, JointGraph, Signature, Surroundings
 from gtrans.ir.normal_form import normalise
+from gtrans.ir.program import Program
 from gtrans.ir.sizes import numel, tensor_bytes
 from gtrans.ir.source import readable_path
 from gtrans.pipeline import Gate, Observer, Pipeline, Step
@@ -110,6 +111,12 @@ class Compiler:
 
     def __post_init__(self) -> None:
         require_supported_torch()
+        if structural := self.pipeline.on(Program).passes:
+            raise OptionError(
+                f"pass {structural[0].name!r} changes which parameters there are, so it cannot be "
+                "part of a compiled step; apply it first: model = gtrans.restructure(model, "
+                f"*inputs, passes={str(structural[0])!r})"
+            )
         if not any(isinstance(p, Plan) for p in self.pipeline.passes):
             self.pipeline = self.pipeline.planned(Plan())
         self._lowering = usable_backend(self.backend, self.mode, self.options)
@@ -126,7 +133,6 @@ class Compiler:
             skip_failures=self.skip_failures,
         )
         self._warn(record.forward_steps)
-        assert isinstance(forward, ForwardGraph)
         forward = self.pipeline.marked(forward)
         record.own_seconds += time.perf_counter() - start
         job = _Job(self, record, _inputs_of(module), len(_outputs_of(module)))
@@ -226,7 +232,6 @@ class _Job:
             skip_failures=self.owner.skip_failures,
         )
         self.owner._warn(record.steps)
-        assert isinstance(rewritten, JointGraph)
         plan = [p for p in self.owner.pipeline.passes if isinstance(p, Plan)][-1]
         if rewritten.cut is None:  # the plan itself failed, or a pass ran after it
             plan = Plan(recompute="none")

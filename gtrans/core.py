@@ -16,6 +16,7 @@ from gtrans.contract import Contract
 from gtrans.errors import OptionError
 from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.joint import JointGraph
+from gtrans.ir.program import Program
 from gtrans.ir.source import Location, location
 
 
@@ -41,7 +42,7 @@ _LAWS = {
     Knob.WIRE: "forward bitwise the same; a wire fed with itself changes nothing",
     Knob.SCHEDULE: "every value bitwise the same",
     Knob.OPERATOR: "output within tolerance; gradient within the contract",
-    Knob.PARAMETERS: "the function is preserved where the contract says so",
+    Knob.PARAMETERS: "outputs, buffers, gradients of what stays within the contract",
 }
 
 
@@ -92,7 +93,8 @@ class Stats:
         return text
 
 
-GraphT = TypeVar("GraphT", JointGraph, ForwardGraph)
+GraphT = TypeVar("GraphT", JointGraph, ForwardGraph, Program)
+GraphKind = type[JointGraph] | type[ForwardGraph] | type[Program]
 
 Permission = Callable[[str], bool]
 """Asked before every rewrite with a description of it; answers whether to go on (bisection)."""
@@ -106,7 +108,8 @@ class Pass(ABC, Generic[GraphT]):
     Attributes:
         name: as it is written in pipelines; the file and the test are named after it.
         knob: what of a training step it edits.
-        works_on: the kind of graph its `run` takes.
+        works_on: the kind of graph its `run` takes: joint graphs while a step is compiled, forward
+            graphs before autograd, or a whole model's program, which `restructure` rewrites.
         linear: whether the rewritten backward is linear in the incoming cotangent. Accumulating
             gradients over several batches or workers is right only for passes that are.
         homogeneous: whether four times the cotangent gives four times the gradient. Scaling the
@@ -117,7 +120,7 @@ class Pass(ABC, Generic[GraphT]):
     knob: ClassVar[Knob]
     linear: ClassVar[bool] = True
     homogeneous: ClassVar[bool] = True
-    works_on: ClassVar[type[JointGraph] | type[ForwardGraph]] = JointGraph
+    works_on: ClassVar[GraphKind] = JointGraph
 
     @property
     @abstractmethod

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from gtrans.contract import Contract, compose_all, level
 from gtrans.core import Knob, Pass, SitePass, Stats
@@ -25,13 +25,15 @@ from gtrans.errors import (
     PassError,
     did_you_mean,
 )
-from gtrans.ir.check import check_forward, check_joint
+from gtrans.ir.check import check_forward, check_joint, check_program
 from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.printer import target_name
+from gtrans.ir.program import Program
 from gtrans.registry import load_pass, pass_table
 
-Graph = JointGraph | ForwardGraph
+Graph = JointGraph | ForwardGraph | Program
+AnyGraph = TypeVar("AnyGraph", bound=Graph)
 
 DEFAULT = "relu-mask,norm-output,dropout-output,bit-masks,plan"
 """The pipeline of `optimize(model)`: exact passes only."""
@@ -176,12 +178,12 @@ class Pipeline:
 
     def run(
         self,
-        graph: Graph,
+        graph: AnyGraph,
         *,
         gate: Gate | None = None,
         observers: Sequence[Observer] = (),
         skip_failures: bool = False,
-    ) -> tuple[Graph, list[Step]]:
+    ) -> tuple[AnyGraph, list[Step]]:
         """Runs the passes in order, each on a private copy that is committed only if it is sound.
 
         Args:
@@ -200,7 +202,7 @@ class Pipeline:
             steps.append(step)
             start = time.perf_counter()
             try:
-                rewritten = _run_one(p, graph, gate, step)
+                rewritten: Graph = _run_one(p, graph, gate, step)
             except Exception as error:
                 step.error = f"{type(error).__name__}: {error}"
                 if not skip_failures or isinstance(error, BudgetError):
@@ -211,7 +213,7 @@ class Pipeline:
             step.op_changes = _op_changes(graph, rewritten)
             for observer in observers:
                 observer(step, graph, rewritten)
-            graph = rewritten
+            graph = cast(AnyGraph, rewritten)  # a pass edits a copy of the graph it is given
         return graph, steps
 
 
@@ -306,9 +308,12 @@ def _run_one(p: Pass[Any], graph: Graph, gate: Gate, step: Step) -> Graph:
         if private.cut is None:
             private.eliminate_dead_code()
         check_joint(private, graph if isinstance(graph, JointGraph) else None)
-    elif isinstance(graph, ForwardGraph):
+    elif isinstance(private, ForwardGraph) and isinstance(graph, ForwardGraph):
         private.eliminate_dead_code()
         check_forward(private, graph)
+    elif isinstance(private, Program) and isinstance(graph, Program):
+        private.eliminate_dead_code()
+        check_program(private, graph)
     private.author = ""
     return private
 

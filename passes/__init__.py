@@ -16,6 +16,7 @@ PASSES: dict[str, str] = {
     "narrow-integers": "gtrans.passes.residual.narrow_integers:NarrowIntegers",
     "guided-relu": "gtrans.passes.rule.guided_relu:GuidedRelu",
     "straight-through": "gtrans.passes.rule.straight_through:StraightThrough",
+    "erase-zeros": "gtrans.passes.structure.erase_zeros:EraseZeros",
     "chunked-loss": "gtrans.passes.operator.chunked_loss:ChunkedLoss",
     "late-recompute": "gtrans.passes.schedule.late_recompute:LateRecompute",
 }

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from gtrans.contract import Aligned, Close, Contract, Exact, Iterative, Unbiased
-from gtrans.core import Knob, Pass, Permission, SitePass, Stats
+from gtrans.core import GraphKind, Knob, Pass, Permission, SitePass, Stats
 from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.joint import JointGraph
 
@@ -550,7 +550,7 @@ class WrongForward(SitePass[ForwardGraph]):
 
     name: ClassVar[str] = "wrong-forward"
     knob: ClassVar[Knob] = Knob.OPERATOR
-    works_on: ClassVar[type[JointGraph] | type[ForwardGraph]] = ForwardGraph
+    works_on: ClassVar[GraphKind] = ForwardGraph
 
     at: int = 0
 

@@ -71,6 +71,25 @@ class ErasableClass:
         """The members that must be zero."""
         return [m for m in self.members if m.producer]
 
+    def zeros(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Which indices are zero in all producers; one always stays, as an axis cannot vanish.
+
+        Args:
+            tensors: parameters by path.
+
+        Returns:
+            Booleans [size].
+        """
+        alive = torch.zeros(self.size, dtype=torch.bool)
+        for m in self.producers:
+            x = tensors[m.name].detach()
+            others = [d for d in range(x.ndim) if d != m.dim]
+            used = ((x != 0).any(dim=others) if others else x != 0).cpu()
+            alive[m.labels[used & (m.labels >= 0)]] = True
+        if not bool(alive.any()):
+            alive[0] = True
+        return ~alive
+
 
 @dataclass(frozen=True)
 class Frozen:

@@ -15,6 +15,7 @@ from torch import fx
 from gtrans.errors import GraphError
 from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.joint import JointGraph, tag
+from gtrans.ir.program import Program
 from gtrans.ir.sizes import shape_text
 from gtrans.ir.source import location
 
@@ -53,6 +54,30 @@ def check_forward(graph: ForwardGraph, original: ForwardGraph) -> None:
     """
     _lint(graph.graph)
     _same_placeholders(graph.graph, original.graph)
+
+
+def check_program(program: Program, original: Program) -> None:
+    """Checks that a program is sound, that its parameters fit it, and that its interface stays.
+
+    Raises:
+        GraphError: a rule is broken.
+    """
+    _lint(program.graph)
+    inputs = [[x.name for x in p.leaves.values() if x.kind == "input"] for p in (program, original)]
+    if inputs[0] != inputs[1]:
+        raise GraphError(f"inputs changed from {inputs[1]} to {inputs[0]}")
+    for node, tensor in program.tensors.items():
+        if list(tensor.shape) != list(node.meta["val"].shape):
+            raise GraphError(
+                f"{program.leaves[node].name} is {tuple(tensor.shape)}, but the graph reads it as "
+                f"{shape_text(node.meta['val'])}; call `refresh()` after changing a tensor's size"
+            )
+    outputs = [
+        [shape_text(n.meta.get("val")) for n in p.graph.output_node().all_input_nodes]
+        for p in (program, original)
+    ]
+    if outputs[0] != outputs[1]:
+        raise GraphError(f"outputs changed from {outputs[1]} to {outputs[0]}")
 
 
 def _lint(graph: fx.Graph) -> None:

@@ -7,14 +7,15 @@ of the parameters themselves needs (knob P). Composite operators (`linear`, `lay
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
-from gtrans.errors import CaptureError, ModelError
+from gtrans.errors import CaptureError, GraphError, ModelError
 from gtrans.ir import ops
+from gtrans.ir.source import location
 
 aten = torch.ops.aten
 
@@ -50,6 +51,7 @@ class Program:
         out_spec: how the output is put together from the graph's flat outputs.
         training: the mode the model was in.
         saved: the keys of the model's state_dict; other buffers are not persistent.
+        author: the pass at work on it.
     """
 
     module: fx.GraphModule
@@ -59,11 +61,17 @@ class Program:
     out_spec: Any
     training: bool
     saved: frozenset[str] = frozenset()
+    author: str = ""
 
     @property
     def graph(self) -> fx.Graph:
         """The underlying torch.fx graph."""
         return self.module.graph
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """All nodes in order."""
+        return list(self.graph.nodes)
 
     def parameters(self) -> dict[str, fx.Node]:
         """The placeholders of parameters, by their path in the model."""
@@ -76,6 +84,48 @@ class Program:
             if tensor.numel() and self.leaves[node].kind != "constant":
                 groups.setdefault(identity(tensor), []).append(node)
         return [group for group in groups.values() if len(group) > 1]
+
+    def copy(self) -> "Program":
+        """An independent copy of the nodes; tensors and recorded values are shared."""
+        twins: dict[fx.Node, fx.Node] = {}
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, twins))
+        graph.output_node().meta = dict(self.graph.output_node().meta)
+        return replace(
+            self,
+            module=fx.GraphModule(self.module, graph),
+            leaves={twins[n]: leaf for n, leaf in self.leaves.items()},
+            tensors={twins[n]: t for n, t in self.tensors.items()},
+        )
+
+    def eliminate_dead_code(self) -> int:
+        """Erases the operations that nothing reads any more; returns how many."""
+        before = len(self.graph.nodes)
+        self.graph.eliminate_dead_code()
+        return before - len(self.graph.nodes)
+
+    def refresh(self) -> None:
+        """Works the recorded values out anew, after tensors have changed their sizes.
+
+        Raises:
+            GraphError: an operation does not accept the sizes it is given.
+        """
+        mode = _fake_mode(self.graph)
+        for node in self.graph.nodes:
+            if node in self.tensors:
+                node.meta["val"] = mode.from_tensor(self.tensors[node], static_shapes=True)
+            elif node.op == "get_attr":
+                node.meta.setdefault("val", getattr(self.module, str(node.target)))
+            elif node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                try:
+                    with mode:
+                        node.meta["val"] = node.target(*args, **kwargs)
+                except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                    raise GraphError(
+                        f"{node.name} ({location(node)}) does not accept the sizes it is given "
+                        f"after a rewrite: {error}"
+                    ) from error
 
 
 def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -126,6 +176,13 @@ def export_program(model: nn.Module, inputs: Sequence[Any], keywords: dict[str, 
     spec = exported.call_spec
     saved = frozenset(model.state_dict())
     return Program(module, leaves, tensors, spec.in_spec, spec.out_spec, model.training, saved)
+
+
+def _fake_mode(graph: fx.Graph) -> Any:
+    values = (n.meta.get("val") for n in graph.nodes)
+    fakes = (v for v in values if isinstance(v, torch._subclasses.FakeTensor))
+    first = next(fakes, None)
+    return torch._subclasses.FakeTensorMode() if first is None else first.fake_mode
 
 
 def _first_line(error: Exception) -> str:

@@ -8,21 +8,21 @@ This works for every program. Where the model's own modules can express the resu
 `erase_modules` gives a model of the same class instead.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from gtrans.analysis.axes import Axis, kept_size, mask
 from gtrans.analysis.axis_rules.context import Edits, Total, bind
 from gtrans.analysis.erasable import Structure
 from gtrans.ir import ops
-from gtrans.ir.program import Leaf, identity
+from gtrans.ir.program import Leaf, Program, identity
+from gtrans.rewrite.program_module import as_module
 from gtrans.runtime.norms import layer_norm_of_longer, rms_norm_of_longer
 
 aten = torch.ops.aten
@@ -107,18 +107,7 @@ class GraphErasure:
 
     def build(self, name: str) -> fx.GraphModule:
         """The erased model as a GraphModule that takes and returns what the model does."""
-        program = self.structure.program
-        self._start()
-        inputs = [n for n, leaf in program.leaves.items() if leaf.kind == "input"]
-        for node in inputs:
-            self.made[node] = self._graph.placeholder(node.name)
-        self._copy(n for n in program.graph.nodes if n not in self.made)
-        self._graph.eliminate_dead_code()
-        names = [n.name for n in inputs]
-        self._graph.set_codegen(
-            _PyTreeCodeGen(_PyTreeInfo(names, program.in_spec, program.out_spec))
-        )
-        return self._finish(name, "")
+        return self._finish(self._erased(self.structure.program.graph.nodes), name)
 
     def build_part(self, path: str) -> fx.GraphModule | None:
         """The erased form of one submodule, if it maps one tensor to one tensor in one call."""
@@ -132,56 +121,68 @@ class GraphErasure:
         own = all(program.leaves[n].name.startswith(f"{path}.") for n in leaves)
         if len(free) != 1 or len(results) != 1 or not own:
             return None
-        self._start()
-        self.made[free[0]] = self._graph.placeholder("x")
-        self._copy([*leaves, *inside])
-        self._graph.output(self.made[results[0]])
-        return self._finish("Erased", f"{path}.")
+        order = {n: i for i, n in enumerate(program.graph.nodes)}
+        part = self._erased(
+            [*sorted(leaves, key=order.__getitem__), *inside],
+            argument=free[0],
+            result=results[0],
+            within=f"{path}.",
+        )
+        return self._finish(part, "Erased")
+
+    def apply(self) -> None:
+        """Erases within the analysed program itself.
+
+        Raises:
+            GraphError: an operation does not accept the sizes that are left.
+        """
+        program, smaller = self.structure.program, self._erased(self.structure.program.graph.nodes)
+        program.module, program.leaves = smaller.module, smaller.leaves
+        program.tensors = smaller.tensors
+        program.refresh()
 
     # ------------------------------------------------------------------ private
 
-    def _start(self) -> None:
-        self._graph = fx.Graph()
-        self._roots: dict[str, Any] = {}
-        self.made = {}
-        self._flag: fx.Node | None = None
-        self._tensors = cut_tensors(self.structure, self.erased)
+    def _erased(
+        self,
+        nodes: Iterable[fx.Node],
+        *,
+        argument: fx.Node | None = None,
+        result: fx.Node | None = None,
+        within: str = "",
+    ) -> Program:
+        """A program of the given nodes, erased; its recorded values are the old ones.
 
-    def _copy(self, nodes: Iterable[fx.Node]) -> None:
+        A part of the program has an `argument` and a `result`, and names without their path.
+        """
         program = self.structure.program
+        tensors = cut_tensors(self.structure, self.erased)
+        erased = replace(program, leaves={}, tensors={})
+        self._graph, self.made = fx.Graph(), {}
+        if argument is not None:
+            self.made[argument] = twin = self._graph.placeholder("x")
+            erased.leaves[twin] = Leaf("x", "input")
+            erased.in_spec = erased.out_spec = None
         for node in nodes:
-            if node.op == "placeholder":
-                if node.users:
-                    self.made[node] = self._leaf(program.leaves[node])
-            elif node.op == "get_attr":
-                self._roots[str(node.target)] = getattr(program.module, str(node.target))
-                self.made[node] = self._graph.get_attr(str(node.target))
-            elif node.op == "output":
-                self._graph.output(fx.map_arg(node.args[0], self.made.__getitem__))
+            if node.op in ("placeholder", "get_attr", "output"):
+                self.made[node] = twin = self._graph.node_copy(node, self.made.__getitem__)
             else:
                 self.made[node] = self._call(node)
+            if node.op == "placeholder":
+                leaf = program.leaves[node]
+                erased.leaves[twin] = replace(leaf, name=leaf.name.removeprefix(within))
+                if node in program.tensors:
+                    erased.tensors[twin] = tensors[leaf.name]
+        if result is not None:
+            self._graph.output(self.made[result])
+        erased.module = fx.GraphModule(program.module, self._graph)
+        erased.saved = frozenset(name.removeprefix(within) for name in program.saved)
+        return erased
 
-    def _finish(self, name: str, prefix: str) -> fx.GraphModule:
-        roots = {k.removeprefix(prefix): v for k, v in self._roots.items()}
-        for node in self._graph.find_nodes(op="get_attr"):
-            node.target = str(node.target).removeprefix(prefix)
-        module = fx.GraphModule(roots, self._graph, name)
-        module.train(self.structure.program.training)
-        for path in roots.keys() & self._tensors.keys():
-            owner, _, last = path.rpartition(".")
-            if path not in self.structure.program.saved:
-                holder = module.get_submodule(owner)
-                if last in holder._buffers:
-                    holder._non_persistent_buffers_set.add(last)
-        _order(module, [leaf.name.removeprefix(prefix) for leaf in self._leaves()])
+    def _finish(self, program: Program, name: str) -> fx.GraphModule:
+        module, twins = as_module(program, name)
+        self.made = {n: twins[made] for n, made in self.made.items() if made in twins}
         return module
-
-    def _leaves(self) -> Iterable[Leaf]:
-        return self.structure.program.leaves.values()
-
-    def _leaf(self, leaf: Leaf) -> fx.Node:
-        self._roots[leaf.name] = self._tensors[leaf.name]
-        return self._graph.get_attr(leaf.name)
 
     def _call(self, node: fx.Node) -> Any:
         edits = self.structure.analysis.context.edits.get(node, Edits())
@@ -189,19 +190,17 @@ class GraphErasure:
         bound = bind(node)
         changed = {k: self.argument(v) for k, v in edits.arguments.items()}
         if not edits.arguments and not edits.pieces and not edits.divisor:
-            twin = self._graph.node_copy(node, self.made.__getitem__)
-            self._follow_mode(node, twin, bound)
-            return twin
+            return self._graph.node_copy(node, self.made.__getitem__)
         if edits.pieces:
             sizes = [self.size(p) for p in edits.pieces]
-            return self._insert(
-                aten.split_with_sizes.default, self.made[bound["self"]], sizes, edits.dim
-            )
+            pieces = self.made[bound["self"]]
+            return self._insert(node, aten.split_with_sizes.default, pieces, sizes, edits.dim)
         old, new = self.divisors(edits)
         if old != new and self.keep_divisor:
             return self._divide_by(node, bound, old, new)
         if target in (aten.view.default, aten._unsafe_view.default):
-            return self._insert(aten.reshape.default, self.made[bound["self"]], changed["size"])
+            sizes = changed["size"]
+            return self._insert(node, aten.reshape.default, self.made[bound["self"]], sizes)
         args = [changed.pop(k, v) for k, v in zip(bound, node.args, strict=False)]
         kwargs = {**node.kwargs, **{k: v for k, v in changed.items() if k in node.kwargs}}
         # A size left at its default (groups=1, end=None) only has to be said once it differs.
@@ -209,7 +208,7 @@ class GraphErasure:
             if key not in node.kwargs and bound[key] != value and value is not None:
                 kwargs[key] = value
         args, kwargs = fx.map_arg((args, kwargs), self.made.__getitem__)
-        return self._graph.call_function(target, tuple(args), kwargs)
+        return self._insert(node, target, *args, **kwargs)
 
     def _divide_by(self, node: fx.Node, bound: dict[str, Any], old: int, new: int) -> fx.Node:
         name = ops.overload(node)
@@ -217,50 +216,18 @@ class GraphErasure:
         given = fx.map_arg(bound, self.made.__getitem__)
         if packet is aten.mean:
             twin = self._graph.node_copy(node, self.made.__getitem__)
-            return self._insert(aten.mul.Tensor, twin, new / old)
+            return self._insert(node, aten.mul.Tensor, twin, new / old)
         rank = len(bound["normalized_shape"])
         x, weight, eps = given["input"], given["weight"], given["eps"]
         if packet is aten.rms_norm:
-            return self._insert(rms_norm_of_longer, x, rank, old, weight, eps)
-        return self._insert(layer_norm_of_longer, x, rank, old, weight, given["bias"], eps)
+            return self._insert(node, rms_norm_of_longer, x, rank, old, weight, eps)
+        bias = given["bias"]
+        return self._insert(node, layer_norm_of_longer, x, rank, old, weight, bias, eps)
 
-    def _insert(self, target: Any, *args: Any) -> fx.Node:
-        return self._graph.call_function(target, args)
-
-    def _follow_mode(self, node: fx.Node, twin: fx.Node, bound: dict[str, Any]) -> None:
-        """Lets dropout and batch norm follow the mode of the erased model, as modules do."""
-        key = next((k for k in ("train", "training", "use_input_stats") if k in bound), None)
-        stack = node.meta.get("nn_module_stack") or {}
-        owner = str(list(stack.values())[-1][1]) if stack else ""
-        stock = ".dropout." in owner or ".batchnorm." in owner
-        if key is None or not stock or bound[key] != self.structure.program.training:
-            return
-        if self._flag is None:
-            self._roots["training"] = self.structure.program.training
-            first = next(iter(self._graph.nodes))
-            with self._graph.inserting_before(first):
-                self._flag = self._graph.get_attr("training")
-        position = list(bound).index(key)
-        if position < len(twin.args):
-            twin.update_arg(position, self._flag)
-        else:
-            twin.update_kwarg(key, self._flag)
-
-
-def _order(module: nn.Module, names: Sequence[str]) -> None:
-    """Puts parameters into the order of the model's own; a GraphModule sorts them by depth."""
-    place: dict[str, int] = {}
-    for i, name in enumerate(names):
-        for end in range(len(name) + 1):
-            if end == len(name) or name[end] == ".":
-                place.setdefault(name[:end], i)
-    for path, owner in module.named_modules():
-        start = f"{path}." if path else ""
-        for table in (owner._parameters, owner._buffers, owner._modules):
-            keys = sorted(table, key=lambda k: place.get(start + k, len(names)))
-            items = [(k, table[k]) for k in keys]
-            table.clear()
-            table.update(items)
+    def _insert(self, old: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        twin = self._graph.call_function(target, args, kwargs)
+        twin.meta = dict(old.meta)
+        return twin
 
 
 def owner_path(node: fx.Node) -> str:

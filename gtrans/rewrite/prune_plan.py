@@ -123,7 +123,7 @@ class PrunePlan:
     def zeros(self, model: nn.Module | None = None) -> Selection:
         """The indices of exact classes whose producer slices are zero now."""
         tensors = self._tensors(model or self.model)
-        return {c.name: _zero_indices(c, tensors) for c in self.exact}
+        return {c.name: c.zeros(tensors) for c in self.exact}
 
     def zero(self, selection: Mapping[str, torch.Tensor]) -> None:
         """Sets the producer slices of a selection to zero, in the model itself."""
@@ -367,18 +367,6 @@ class PrunePlan:
             if bool(gone.all()):
                 raise OptionError(f"the selection of {name!r} erases every index; one must stay")
         return dict(selection)
-
-
-def _zero_indices(c: ErasableClass, tensors: Mapping[str, nn.Parameter]) -> torch.Tensor:
-    alive = torch.zeros(c.size, dtype=torch.bool)
-    for m in c.producers:
-        x = tensors[m.name].detach()
-        others = [d for d in range(x.ndim) if d != m.dim]
-        used = ((x != 0).any(dim=others) if others else x != 0).cpu()
-        alive[m.labels[used & (m.labels >= 0)]] = True
-    if not bool(alive.any()):
-        alive[0] = True  # an axis cannot vanish altogether
-    return ~alive
 
 
 def _frozen_row(f: Frozen) -> str:

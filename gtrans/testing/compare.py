@@ -1,6 +1,11 @@
 """Comparisons of recorded steps, element by element."""
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import nn
 
 from gtrans.errors import VerifyError
 from gtrans.testing.measure import Values
@@ -77,6 +82,14 @@ def worst(a: torch.Tensor, b: torch.Tensor) -> str:
     index = [int(i) for i in torch.unravel_index(difference.argmax(), a.shape)]
     here = tuple(index)
     return f"{index}: {b[here].item():.17g} instead of {a[here].item():.17g}"
+
+
+def rounding_bound(model: nn.Module, inputs: Sequence[Any]) -> float:
+    """64 eps sqrt(K), K an upper bound of the terms of any sum in the step."""
+    tensors = [t for t in (*inputs, *model.parameters()) if isinstance(t, torch.Tensor)]
+    floating = [t.dtype for t in tensors if t.is_floating_point()]
+    eps = max(torch.finfo(d).eps for d in floating)
+    return 64 * eps * math.sqrt(max(t.numel() for t in tensors))
 
 
 def largest(values: Values) -> float:

@@ -11,6 +11,7 @@ What a pass must keep follows from its knob and its contract; no law needs a lin
     forward_is_unchanged              every knob but operator and parameters
     saves_no_more                     knob residual
     a_schedule_is_a_permutation       knob schedule
+    (of `gtrans.testing.structure`)   knob parameters, instead of all others
     homogeneous_in_the_cotangent      passes with `homogeneous = True` (the default)
     linear_in_the_cotangent           passes with `linear = True` (the default)
     special_values_pass_alike         passes that are exact to the bit
@@ -36,6 +37,7 @@ from torch import nn
 from gtrans.contract import Close, Contract, Exact, Iterative, Unbiased
 from gtrans.core import Knob, Pass, Stats
 from gtrans.errors import VerifyError
+from gtrans.ir.program import Program
 from gtrans.pipeline import Gate, Graph, Pipeline, Step
 from gtrans.plan.planner import Plan
 from gtrans.testing.compare import (
@@ -45,6 +47,7 @@ from gtrans.testing.compare import (
     pairs,
     require_bitwise,
     require_near,
+    rounding_bound,
 )
 from gtrans.testing.measure import (
     Cotangents,
@@ -54,6 +57,7 @@ from gtrans.testing.measure import (
     with_special_values,
 )
 from gtrans.testing.placement import OFFERED, RandomPlacement, graph_text
+from gtrans.testing.structure import check_structure
 
 _PLAIN = Pipeline((Plan(recompute="none"),))
 _FORWARD_KNOBS = frozenset({Knob.RESIDUAL, Knob.RULE, Knob.WIRE, Knob.SCHEDULE})
@@ -267,7 +271,9 @@ def forward_is_unchanged(case: Case) -> None:
         if case.knobs <= _FORWARD_KNOBS:
             require_bitwise(before, after, f"{case.pipeline}: {kind}")
         else:
-            require_near(before, after, f"{case.pipeline}: {kind}", _eps_bound(case))
+            require_near(
+                before, after, f"{case.pipeline}: {kind}", rounding_bound(case.model, case.inputs)
+            )
 
 
 def saved_bytes_are_as_predicted(case: Case) -> None:
@@ -324,7 +330,9 @@ def any_cut_gives_the_same(case: Case) -> None:
         if not offered or case.pipeline.contract == Exact(bitwise=True):
             require_bitwise(expected.gradients, found.gradients, where)
         elif isinstance(case.pipeline.contract, Exact):
-            require_near(expected.gradients, found.gradients, where, _eps_bound(case))
+            require_near(
+                expected.gradients, found.gradients, where, rounding_bound(case.model, case.inputs)
+            )
         _require_predicted(found, runner, str(pipeline))
 
 
@@ -471,7 +479,10 @@ def check_pass(
         VerifyError: a law is broken; the message names the law, the passes and the tensor.
         GTransError: a pass failed.
     """
-    case = Case(as_pipeline(passes), model, inputs, seed)
+    pipeline = as_pipeline(passes)
+    if pipeline.on(Program).passes:
+        return check_structure(pipeline, model, inputs, seed)
+    case = Case(pipeline, model, inputs, seed)
     for law in laws:
         try:
             law(case)
@@ -500,7 +511,9 @@ def _check_exact(case: Case, bitwise: bool) -> None:
         where = f"{case.pipeline}: not bitwise the gradient of "
         require_bitwise(pair.before.gradients, pair.after.gradients, where)
     where = f"{case.pipeline}: gradient of "
-    require_near(pair.before.gradients, pair.after.gradients, where, _eps_bound(case))
+    require_near(
+        pair.before.gradients, pair.after.gradients, where, rounding_bound(case.model, case.inputs)
+    )
     expected = case.wide_reference.step(case.seed)
     found = case.wide_candidate.step(case.seed)
     require_near(expected.gradients, found.gradients, f"{where[:-4]} in float64 of ", 1e-9)
@@ -566,11 +579,3 @@ def _require_finite(pair: Pair, where: str) -> None:
     for name, a, b in pairs(pair.before.gradients, pair.after.gradients, where):
         if bool(a.isfinite().all()) and not bool(b.isfinite().all()):
             raise VerifyError(f"{where}: the gradient of {name} is not finite")
-
-
-def _eps_bound(case: Case) -> float:
-    """64 eps sqrt(K), K an upper bound of the terms of any sum in the step."""
-    tensors = [t for t in (*case.inputs, *case.model.parameters()) if isinstance(t, torch.Tensor)]
-    floating = [t.dtype for t in tensors if t.is_floating_point()]
-    eps = max(torch.finfo(d).eps for d in floating)
-    return 64 * eps * math.sqrt(max(t.numel() for t in tensors))

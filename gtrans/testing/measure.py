@@ -99,7 +99,7 @@ class Runner:
             CaptureError: nothing was captured, so the pipeline never ran.
         """
         self._reset()
-        arguments = _in_dtype(tuple(self.inputs), self.dtype)
+        arguments = in_dtype(tuple(self.inputs), self.dtype)
         self._meter.start()
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
@@ -211,7 +211,7 @@ def _address(value: torch.Tensor) -> int:
     return value.untyped_storage().data_ptr()
 
 
-def _in_dtype(arguments: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
+def in_dtype(arguments: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
     """Fresh leaves with the same values and strides."""
 
     def fresh(value: Any) -> Any:
@@ -233,7 +233,7 @@ def other_values(inputs: Sequence[Any], seed: int = 1) -> tuple[Any, ...]:
     def changed(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        (twin,) = _in_dtype((value.detach(),), None)
+        (twin,) = in_dtype((value.detach(),), None)
         if twin.is_floating_point():
             noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
             twin.copy_(noise.to(value.dtype))
@@ -252,11 +252,11 @@ def with_special_values(inputs: Sequence[Any]) -> tuple[Any, ...]:
     def changed(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
-        (twin,) = _in_dtype((value.detach(),), None)
+        (twin,) = in_dtype((value.detach(),), None)
         tiny = torch.finfo(value.dtype).smallest_normal / 4
         special = [math.nan, math.inf, -math.inf, 0.0, -0.0, tiny, -tiny]
         count = value.numel()
-        flat = twin.flatten()
+        flat = twin.flatten().clone()  # of a contiguous tensor, flatten is a view
         # From the front and sparsely: later rows of a batch stay regular.
         for i, number in zip(range(0, count, max(2, count // 14)), special, strict=False):
             flat[i] = number

@@ -15,6 +15,7 @@ from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.joint import JointGraph, Placement, tag
 from gtrans.ir.ops import storage_of
 from gtrans.ir.printer import target_name
+from gtrans.ir.program import Program
 from gtrans.ir.sizes import shape_text
 
 
@@ -108,7 +109,7 @@ def _can_be_rebuilt(node: fx.Node, overwritten: set[fx.Node]) -> bool:
     return True
 
 
-def graph_text(graph: JointGraph | ForwardGraph) -> str:
+def graph_text(graph: JointGraph | ForwardGraph | Program) -> str:
     """A graph as text that is equal for equal graphs, whatever their nodes are called.
 
     It states operators, arguments, shapes, sides, placements and offers.

@@ -46,6 +46,7 @@ class ModelSpec:
         ending: what the model returns: one value; a list of several losses, one of them from the
             middle of the model; a dictionary; or a cross-entropy loss and its logits.
         dtype: of parameters and floating inputs.
+        zeros: the first third of the slices of every parameter is zero, as pruning leaves it.
         frozen: freezes every n-th parameter; 0 freezes none.
         strided: inputs are not contiguous.
         input_gradient: floating inputs require a gradient.
@@ -60,6 +61,7 @@ class ModelSpec:
     length: int = 5
     ending: Ending = "plain"
     dtype: torch.dtype = torch.float32
+    zeros: bool = False
     frozen: int = 0
     strided: bool = False
     input_gradient: bool = False
@@ -121,6 +123,9 @@ class RandomModel(nn.Module):
         for i, parameter in enumerate(self.parameters()):
             if spec.frozen and i % spec.frozen == spec.frozen - 1:
                 parameter.requires_grad_(False)
+            if spec.zeros:
+                with torch.no_grad():
+                    parameter[: len(parameter) // 3].zero_()
 
     def forward(self, x: torch.Tensor) -> Any:
         if self.embedding is not None:
@@ -216,6 +221,7 @@ def _models_of(family: Family, choice: Choice) -> st.SearchStrategy[ModelSpec]:
         length=st.integers(2, 5),
         ending=st.sampled_from(endings),
         dtype=st.sampled_from(list(choice.dtypes)),
+        zeros=st.sampled_from([False, False, False, True]),
         frozen=st.sampled_from([0, 0, 2, 3]),
         strided=st.booleans(),
         input_gradient=st.booleans() if family != "tokens" else st.just(False),

@@ -9,8 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from gtrans.core import Pass
-from gtrans.errors import OptionError, VerifyError
+from gtrans.errors import CaptureError, OptionError, VerifyError
 from gtrans.ir.joint import JointGraph
+from gtrans.ir.program import Program, export_program
 from gtrans.pipeline import Pipeline
 from gtrans.testing.laws import as_pipeline, check_pass
 from gtrans.testing.measure import Runner
@@ -63,6 +64,9 @@ def single_layer_models() -> list[ModelSpec]:
 def models_it_rewrites(passes: "str | Pass[Any] | Pipeline") -> list[ModelSpec]:
     """The single-layer models in which the passes rewrite something."""
     pipeline = at_any_size(passes)
+    if pipeline.on(Program).passes:
+        zeroed = [replace(spec, zeros=True) for spec in single_layer_models()]
+        return [spec for spec in zeroed if _rewrites_program(pipeline, spec)]
     if any(p.works_on is not JointGraph or type(p).mark is not Pass.mark for p in pipeline.passes):
         return [spec for spec in single_layer_models() if _rewrites_when_captured(pipeline, spec)]
     found = [s for s in single_layer_models() if _rewrites(pipeline, s)]
@@ -71,6 +75,15 @@ def models_it_rewrites(passes: "str | Pass[Any] | Pipeline") -> list[ModelSpec]:
 
 def _rewrites(pipeline: Pipeline, spec: ModelSpec) -> bool:
     steps = [s for graph in _originals(spec) for s in pipeline.run(graph)[1]]
+    return any(s.stats.rewritten for s in steps)
+
+
+def _rewrites_program(pipeline: Pipeline, spec: ModelSpec) -> bool:
+    model, inputs = spec.build()
+    try:
+        _, steps = pipeline.run(export_program(model, inputs, {}))
+    except CaptureError:
+        return False
     return any(s.stats.rewritten for s in steps)
 
 
@@ -129,9 +142,14 @@ def pass_tests(
 
 
 def _check(pipeline: Pipeline, spec: ModelSpec) -> None:
-    model, inputs = spec.build()
+    structural = bool(pipeline.on(Program).passes)
+    # Passes on parameters are looking for those that do nothing.
+    model, inputs = replace(spec, zeros=structural or spec.zeros).build()
     try:
         check_pass(pipeline, model, inputs)
+    except CaptureError:
+        if not structural:
+            raise  # a model with graph breaks is no single program
     except Exception as error:
         error.add_note(f"  on {spec!r}")
         raise

@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from gtrans.contract import Contract, Exact
-from gtrans.core import Knob, SitePass, require
+from gtrans.core import GraphKind, Knob, SitePass, require
 from gtrans.ir.forward import ForwardGraph, arguments, value
-from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import numel
 from gtrans.rewrite.row_steps import RowSteps, product_behind
 from gtrans.runtime.chunked_loss import chunked_cross_entropy
@@ -35,7 +34,7 @@ class ChunkedLoss(SitePass[ForwardGraph]):
 
     name: ClassVar[str] = "chunked-loss"
     knob: ClassVar[Knob] = Knob.OPERATOR
-    works_on: ClassVar[type[JointGraph] | type[ForwardGraph]] = ForwardGraph
+    works_on: ClassVar[GraphKind] = ForwardGraph
     contract: ClassVar[Contract] = Exact(bitwise=False)
 
     chunks: int = 8

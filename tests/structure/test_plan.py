@@ -72,7 +72,6 @@ def test_the_same_class_with_attributes_set(plan: gtrans.PrunePlan) -> None:
 
 
 # torch's own pytree warns when a specification of an output is copied.
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 def test_erased_models_are_copied_and_saved(plan: gtrans.PrunePlan) -> None:
     chosen = plan.select(sparsity=0.5, scope="local")
     for form in ("module", "graph"):
