@@ -10,6 +10,8 @@ import torch
 from torch import fx, nn
 
 from gtrans.capture import Compiler, Resident, capture_always, compiled_call
+from gtrans.debugging.crash import write_repro
+from gtrans.debugging.look import Look, to_stderr
 from gtrans.errors import CaptureError, GTransError, ModelError, OptionError
 from gtrans.explanation import Explanation
 from gtrans.ir.joint import JointGraph
@@ -41,6 +43,9 @@ def optimize(
     on_error: Literal["skip", "raise"] = "skip",
 ) -> ModelT:
     """Compiles the training step of a model, in place; nothing is captured before its first call.
+
+    Environment variables such as `GTRANS_PRINT_CHANGED=diff` let one look at the passes while they
+    run, see `docs/debugging.md`; a pass that fails is written down for `gtrans repro`.
 
     Args:
         model: any module with trainable parameters.
@@ -74,8 +79,17 @@ def optimize(
     pipeline = planned(passes, skip, memory)
     if allow is not None:
         pipeline.require(allow)
+    look = Look.from_environment()
+    pipeline = look.pipeline(pipeline)
     compiler = Compiler(
-        pipeline, backend, skip_failures=on_error == "skip", mode=mode, options=options
+        pipeline,
+        backend,
+        skip_failures=on_error == "skip",
+        gate=look.gate(),
+        observers=look.observers(pipeline, to_stderr) if look.wanted else (),
+        mode=mode,
+        options=options,
+        on_failure=write_repro,
     )
     compiler.resident = Resident.of(model)
     if model in _sessions:

@@ -32,7 +32,7 @@ from gtrans.ir.normal_form import normalise
 from gtrans.ir.program import Program
 from gtrans.ir.sizes import numel, tensor_bytes
 from gtrans.ir.source import readable_path
-from gtrans.pipeline import Gate, Observer, Pipeline, Step
+from gtrans.pipeline import Gate, Observer, OnFailure, Pipeline, Step
 from gtrans.plan.budget import plain_liveness
 from gtrans.plan.cut import read_directly
 from gtrans.plan.planner import Plan
@@ -97,6 +97,7 @@ class Compiler:
         options: options of the named backend; a mode and options exclude each other.
         resident: what the model holds in memory, for plans under a budget; if it is not given,
             parameters that a graph does not have count as nothing.
+        on_failure: called when a pass fails.
     """
 
     pipeline: Pipeline
@@ -108,6 +109,7 @@ class Compiler:
     options: Mapping[str, Any] | None = None
     captured: list[Captured] = field(default_factory=list)
     resident: "Resident | None" = None
+    on_failure: OnFailure | None = None
 
     def __post_init__(self) -> None:
         require_supported_torch()
@@ -131,6 +133,8 @@ class Compiler:
             gate=self.gate,
             observers=self.observers,
             skip_failures=self.skip_failures,
+            on_failure=self.on_failure,
+            index=record.index,
         )
         self._warn(record.forward_steps)
         forward = self.pipeline.marked(forward)
@@ -230,6 +234,8 @@ class _Job:
             gate=self.owner.gate,
             observers=self.owner.observers,
             skip_failures=self.owner.skip_failures,
+            on_failure=self.owner.on_failure,
+            index=record.index,
         )
         self.owner._warn(record.steps)
         plan = [p for p in self.owner.pipeline.passes if isinstance(p, Plan)][-1]

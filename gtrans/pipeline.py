@@ -10,7 +10,7 @@ import time
 import types
 import typing
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from typing import Any, TypeVar, cast
@@ -43,41 +43,88 @@ ALIASES = {"default": DEFAULT, "none": ""}
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One rewrite, numbered across all passes and graphs of a model in the order they happen."""
+    """One rewrite, numbered across all passes and graphs of a model in the order they happen.
+
+    Attributes:
+        number: from 1.
+        pass_name: the pass.
+        site: the node, or whatever else the pass calls the place.
+        performed: whether the gate let it through.
+    """
 
     number: int
     pass_name: str
     site: str
+    performed: bool = field(default=True, compare=False)
 
     def __str__(self) -> str:
         return f"#{self.number} {self.pass_name} at {self.site}"
 
 
+@dataclass(frozen=True)
+class Window:
+    """Which rewrites of one pass to perform: after the first `skip`, so many as `count` says."""
+
+    skip: int = 0
+    count: int | None = None
+
+    def __contains__(self, index: int) -> bool:
+        end = None if self.count is None else self.skip + self.count
+        return index >= self.skip and (end is None or index < end)
+
+
 class Gate:
-    """Numbers rewrites and lets through those that are allowed.
+    """Numbers passes and rewrites, and lets through the rewrites that are allowed.
 
     Args:
         allowed: numbers of the rewrites to perform; None performs all. Numbers start at 1.
+        windows: by name of a pass, which of its own rewrites to perform.
     """
 
-    def __init__(self, allowed: Collection[int] | None = None) -> None:
+    def __init__(
+        self,
+        allowed: Collection[int] | None = None,
+        windows: Mapping[str, Window] | None = None,
+    ) -> None:
         self.allowed = allowed
+        self.windows = dict(windows or {})
         self.seen: list[Rewrite] = []
+        self.passes = 0
+        self._asked: Counter[str] = Counter()
+
+    def next_pass(self) -> int:
+        """The number of the pass that is about to run, counted over all graphs from 1."""
+        self.passes += 1
+        return self.passes
 
     def permission(self, pass_name: str) -> Callable[[str], bool]:
         """What a pass asks before each of its rewrites."""
+        window = self.windows.get(pass_name, Window())
 
         def permitted(site: str) -> bool:
-            rewrite = Rewrite(len(self.seen) + 1, pass_name, site)
-            self.seen.append(rewrite)
-            return self.allowed is None or rewrite.number in self.allowed
+            number = len(self.seen) + 1
+            performed = (self.allowed is None or number in self.allowed) and (
+                self._asked[pass_name] in window
+            )
+            self._asked[pass_name] += 1
+            self.seen.append(Rewrite(number, pass_name, site, performed))
+            return performed
 
         return permitted
 
 
 @dataclass
 class Step:
-    """What one pass did to one graph."""
+    """What one pass did to one graph.
+
+    Attributes:
+        text: the pass with its options.
+        contract: what it promises, of this graph if the pass said so.
+        number: of the pass, counted over all graphs from 1.
+        graph: number of the captured graph.
+        rewrites: what it asked permission for.
+        error: why it failed; empty if it did not.
+    """
 
     text: str
     contract: Contract
@@ -87,6 +134,9 @@ class Step:
     nodes_after: int = 0
     op_changes: dict[str, int] = field(default_factory=dict)
     error: str = ""
+    number: int = 0
+    graph: int = 0
+    rewrites: tuple[Rewrite, ...] = ()
 
     @property
     def name(self) -> str:
@@ -96,6 +146,10 @@ class Step:
 
 Observer = Callable[[Step, Graph, Graph], None]
 """Called after each pass that succeeded, with the graph before and after it."""
+
+OnFailure = Callable[[Step, Graph, "Pipeline"], str]
+"""Called when a pass fails, with the graph that the pipeline started from and the passes up to it.
+What it returns is added to the message."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +237,8 @@ class Pipeline:
         gate: Gate | None = None,
         observers: Sequence[Observer] = (),
         skip_failures: bool = False,
+        on_failure: OnFailure | None = None,
+        index: int = 0,
     ) -> tuple[AnyGraph, list[Step]]:
         """Runs the passes in order, each on a private copy that is committed only if it is sound.
 
@@ -191,23 +247,33 @@ class Pipeline:
             gate: which rewrites to perform; all by default.
             observers: called after every pass.
             skip_failures: go on without a pass that fails, and record its error in the step.
+            on_failure: called when one fails.
+            index: number of the graph, for the steps.
 
         Raises:
             GTransError: a pass failed and `skip_failures` is off. The message names the pass.
         """
         gate = gate or Gate()
         steps: list[Step] = []
+        first = graph
         for p in self.passes:
-            step = Step(str(p), p.contract, nodes_before=len(graph.nodes))
+            step = Step(str(p), p.contract, nodes_before=len(graph.nodes), graph=index)
+            step.number = gate.next_pass()
             steps.append(step)
+            asked = len(gate.seen)
             start = time.perf_counter()
             try:
                 rewritten: Graph = _run_one(p, graph, gate, step)
             except Exception as error:
                 step.error = f"{type(error).__name__}: {error}"
+                note = ""
+                if on_failure is not None and not isinstance(error, BudgetError):
+                    note = on_failure(step, first, Pipeline(self.passes[: len(steps)]))
+                    step.error += note
                 if not skip_failures or isinstance(error, BudgetError):
-                    raise _blame(p, error) from error
+                    raise _blame(p, error, note) from error
                 rewritten = graph
+            step.rewrites = tuple(gate.seen[asked:])
             step.seconds = time.perf_counter() - start
             step.nodes_after = len(rewritten.nodes)
             step.op_changes = _op_changes(graph, rewritten)
@@ -318,14 +384,14 @@ def _run_one(p: Pass[Any], graph: Graph, gate: Gate, step: Step) -> Graph:
     return private
 
 
-def _blame(p: Pass[Any], error: Exception) -> Exception:
+def _blame(p: Pass[Any], error: Exception, note: str) -> Exception:
     """The same error with the name of the pass; foreign errors become a PassError."""
     if isinstance(error, GTransError):
-        message = f"pass {p.name!r} failed: {error}"
+        message = f"pass {p.name!r} failed: {error}{note}"
         return PassError(message) if type(error) is GTransError else type(error)(message)
     return PassError(
         f"pass {p.name!r} failed with {type(error).__name__}: {error}\n"
-        f"  The model and its graph are unchanged. Skip the pass: skip=[{p.name!r}]"
+        f"  The model and its graph are unchanged. Skip the pass: skip=[{p.name!r}]{note}"
     )
 
 

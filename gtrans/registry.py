@@ -5,20 +5,23 @@ A plug-in distribution registers passes by an entry point of the group `gtrans.p
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 from gtrans.backends import BACKENDS
 from gtrans.core import Pass
 from gtrans.errors import OptionError, PassError, did_you_mean
-from gtrans.ir.half import Configurable
+from gtrans.ir.half import Backend, Configurable
 from gtrans.passes import PASSES
+
+T = TypeVar("T")
 
 _BUILT_IN_PLAN = {"plan": "gtrans.plan.planner:Plan"}
 
 _for_now: dict[str, type[Pass[Any]]] = {}
+_backends_for_now: dict[str, type[Backend]] = {}
 
 
 def pass_table() -> dict[str, str]:
@@ -31,27 +34,45 @@ def pass_table() -> dict[str, str]:
     return table | {name: _reference(cls) for name, cls in _for_now.items()}
 
 
+def is_installed(cls: type[Pass[Any]] | type[Backend]) -> bool:
+    """Whether every process finds this pass or backend by its name, not only this one."""
+    if issubclass(cls, Pass):
+        table = _merged({**PASSES, **_BUILT_IN_PLAN}, "gtrans.passes")
+    else:
+        table = _merged(dict(BACKENDS), "gtrans.backends")
+    return table.get(cls.name) == _reference(cls)
+
+
 @contextmanager
-def registered(*classes: type[Pass[Any]]) -> Iterator[None]:
-    """Makes passes known by their names while the block runs, without an installed plug-in.
+def registered(*classes: type[Pass[Any]] | type[Backend]) -> Iterator[None]:
+    """Makes passes and backends known by their names while the block runs, without a plug-in.
 
     Raises:
-        PassError: a name is taken, by another of them or by a pass that is known already.
+        PassError: a name is taken, by another of them or by one that is known already.
     """
-    added: list[str] = []
-    try:
+    with ExitStack() as stack:
         for cls in classes:
-            owner = pass_table().get(cls.name)
-            if owner is not None:
-                raise PassError(
-                    f"two owners of pass {cls.name!r}: {owner} and {_reference(cls)}; rename one"
-                )
-            _for_now[cls.name] = cls
-            added.append(cls.name)
+            if issubclass(cls, Pass):
+                stack.enter_context(_known("pass", cls.name, cls, pass_table(), _for_now))
+            else:
+                table = backend_table()
+                stack.enter_context(_known("backend", cls.name, cls, table, _backends_for_now))
+        yield
+
+
+@contextmanager
+def _known(
+    kind: str, name: str, cls: type[T], table: Mapping[str, str], added: dict[str, type[T]]
+) -> Iterator[None]:
+    if name in table:
+        raise PassError(
+            f"two owners of {kind} {name!r}: {table[name]} and {_reference(cls)}; rename one"
+        )
+    added[name] = cls
+    try:
         yield
     finally:
-        for name in added:
-            del _for_now[name]
+        del added[name]
 
 
 def backend_table() -> dict[str, str]:
@@ -60,7 +81,8 @@ def backend_table() -> dict[str, str]:
     Raises:
         PassError: two distributions register the same name.
     """
-    return _merged(dict(BACKENDS), "gtrans.backends")
+    table = _merged(dict(BACKENDS), "gtrans.backends")
+    return table | {name: _reference(cls) for name, cls in _backends_for_now.items()}
 
 
 def load_pass(name: str) -> type[Pass[Any]]:
@@ -97,7 +119,7 @@ def load_backend(
     table = backend_table()
     if name not in table:
         raise OptionError(f"unknown backend {name!r}{did_you_mean(name, table)}")
-    backend = _load(table[name])()
+    backend: Any = (_backends_for_now.get(name) or _load(table[name]))()
     if isinstance(backend, Configurable):
         return backend.configured(mode, options)
     if options or mode not in (None, "default"):

@@ -14,11 +14,9 @@ from gtrans.cli.console import (
     remark,
 )
 from gtrans.cli.options import Request, on_model
-from gtrans.errors import OptionError
 
 if TYPE_CHECKING:
-    from gtrans.bisect import Bisection
-    from gtrans.pipeline import Gate
+    from gtrans.debugging.bisect import Bisection
     from gtrans.verification import Verification
 
 VERIFY_EXAMPLES = examples(
@@ -52,12 +50,15 @@ LimitOption = Annotated[
 ]
 
 
+BackendOption = Annotated[
+    str, typer.Option("--backend", "-b", help="eager checks the graph, inductor its code.")
+]
+
+
 @on_model
 def verify(
     request: Request,
-    backend: Annotated[
-        str, typer.Option("--backend", "-b", help="eager checks the graph, inductor its code.")
-    ] = "eager",
+    backend: BackendOption = "eager",
     only_rewrites: OnlyOption = None,
     bisect_limit: LimitOption = None,
 ) -> None:
@@ -66,10 +67,11 @@ def verify(
     Outputs, gradients and buffers of one step are compared, in float64 and in the model's own
     dtype. The exit code is 1 where one differs by more than the contract of the passes admits.
     """
+    from gtrans.debugging.look import Look
     from gtrans.registry import load_backend
     from gtrans.verification import compare
 
-    gate = _gate(only_rewrites, bisect_limit)
+    gate = Look(only_rewrites=only_rewrites, bisect_limit=bisect_limit).gate()
     pipeline = request.pipeline
     load_backend(backend)
     loaded = request.loaded
@@ -91,8 +93,9 @@ def verify(
         print_json({**value, "seconds": seconds, **result.to_dict()})
     else:
         _print_verification(result, len(performed), len(gate.seen))
-        advice = "" if result.ok else f"; find the rewrite: {request.command('bisect')}"
-        remark(f"compared in {seconds:.1f} s{advice}")
+        lowered = "" if backend == "eager" else f" --backend {backend}"
+        advice = f"; find the rewrite: {request.command('bisect')}{lowered}"
+        remark(f"compared in {seconds:.1f} s{'' if result.ok else advice}")
     if not result.ok:
         raise typer.Exit(CHECK_FAILED)
 
@@ -100,6 +103,7 @@ def verify(
 @on_model
 def bisect(
     request: Request,
+    backend: BackendOption = "eager",
     most: Annotated[
         int, typer.Option("--most", metavar="N", help="Stop after so many culprits.")
     ] = 5,
@@ -107,12 +111,18 @@ def bisect(
     """Find the rewrites that break the gradient.
 
     First the pass is found, then the single rewrites within it, and the command that replays them.
-    The exit code is 1 if there are any.
+    With a backend, un-lowered graphs are searched first; if they are right, it is to blame. The
+    exit code is 1 if anything is.
     """
-    found = _searched(request, most)
+    from gtrans.registry import load_backend
+
+    load_backend(backend)
+    found = _searched(request, backend, most)
     replay = ""
-    if found.culprits:
-        replay = f"{request.command('verify')} --only-rewrites {found.numbers}"
+    if found.culprits or found.backend:
+        lowered = f" --backend {found.backend}" if found.backend else ""
+        numbers = found.numbers or "none"
+        replay = f"{request.command('verify')}{lowered} --only-rewrites {numbers}"
     if request.as_json:
         print_json({"model": request.model, **found.to_dict(), "replay": replay})
     else:
@@ -121,24 +131,11 @@ def bisect(
         raise typer.Exit(CHECK_FAILED)
 
 
-def _gate(only: str | None, limit: int | None) -> "Gate":
-    from gtrans.bisect import parse_numbers
-    from gtrans.pipeline import Gate
-
-    if only is not None and limit is not None:
-        raise OptionError("--only-rewrites and --bisect-limit exclude each other; give one")
-    if limit is not None:
-        return Gate(range(1, limit + 1))
-    if only is None:
-        return Gate()
-    return Gate(frozenset() if only.strip() == "none" else parse_numbers(only))
-
-
-def _searched(request: Request, most: int) -> "Bisection":
+def _searched(request: Request, backend: str, most: int) -> "Bisection":
     """Bisects, with a line of progress for people."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from gtrans.bisect import bisect as search
+    from gtrans.debugging.bisect import bisect as search
 
     pipeline, loaded = request.pipeline, request.loaded
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -158,6 +155,7 @@ def _searched(request: Request, most: int) -> "Bisection":
             loaded.inputs,
             loaded.keyword_inputs,
             pipeline,
+            backend=backend,
             seed=request.seed,
             most=most,
             on_check=on_check,
@@ -205,6 +203,14 @@ def _print_bisection(found: "Bisection", replay: str) -> None:
         out.print(f"nothing to find: the gradient is right with all {found.rewrites} rewrites")
         return
     worst = found.verification.worst
+    if found.backend:
+        needed = f", with {found.culprits[0]}" if found.culprits else ", without any rewrite"
+        out.print(f"broken by backend {found.backend}", style="bold red")
+        out.print(f"  {' and '.join(found.halves)}{needed}", soft_wrap=True)
+        out.print(f"  worst: {worst.kind} {worst.name}, relative {worst.relative:.1e}")
+        out.print("on the un-lowered graphs the gradient is right")
+        out.print(f"\nreplay: {replay}", soft_wrap=True)
+        return
     if not found.culprits:
         out.print("the gradient is wrong even without any rewrite: no pass is to blame")
         out.print(f"  worst: {worst.kind} {worst.name}, relative {worst.relative:.1e}")

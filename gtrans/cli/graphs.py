@@ -1,6 +1,5 @@
 """`gtrans show` and `gtrans diff`: the graphs of a model, and what a pass changes in them."""
 
-import difflib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from gtrans.errors import OptionError, did_you_mean
 if TYPE_CHECKING:
     from torch import fx
 
-    from gtrans.pipeline import Graph, Pipeline
+    from gtrans.pipeline import Pipeline
     from gtrans.seeing.watch import Snapshot, Watcher
 
 SHOW_EXAMPLES = examples(
@@ -162,6 +161,8 @@ def _point(pipeline: "Pipeline", name: str | None, stage: Stage) -> str | None:
 
 
 def _views(watcher: "Watcher", stage: Stage, point: str | None, *, earlier: bool) -> list[View]:
+    from gtrans.debugging.look import kept
+
     views = []
     for captured in watcher.captured:
         index = captured.index
@@ -172,7 +173,7 @@ def _views(watcher: "Watcher", stage: Stage, point: str | None, *, earlier: bool
             views.append(View(index, None))
         elif stage is Stage.JOINT:
             joint = watcher.joint_at(index, point, earlier=earlier)
-            views.append(View(index, joint.graph, _kept(joint)))
+            views.append(View(index, joint.graph, kept(joint)))
         else:
             from gtrans.capture import split
 
@@ -180,21 +181,6 @@ def _views(watcher: "Watcher", stage: Stage, point: str | None, *, earlier: bool
             half = forward if stage is Stage.FORWARD_HALF else backward
             views.append(View(index, half.graph))
     return views
-
-
-def _kept(graph: "Graph") -> list[str]:
-    """What the plan keeps for the backward: one line a value."""
-    from gtrans.ir.joint import JointGraph
-    from gtrans.ir.sizes import shape_text
-
-    if not isinstance(graph, JointGraph) or graph.cut is None:
-        return []
-    lines = []
-    for node in graph.cut:
-        info = graph.input_of(node) if node in graph.primals else None
-        if info is None or info.kind not in ("parameter", "buffer"):
-            lines.append(f"{node.name}  # {shape_text(node.meta.get('val'))}")
-    return lines
 
 
 def _described(model: str, stage: Stage, before: str | None, after: str | None) -> dict[str, Any]:
@@ -265,24 +251,16 @@ def _drawn(
 
 
 def _change(snapshot: "Snapshot") -> dict[str, Any]:
+    from gtrans.debugging.look import difference
+
     stats = snapshot.step.stats
-    before, after = (_lines(g) for g in (snapshot.before, snapshot.after))
-    name = snapshot.step.text
-    lines = difflib.unified_diff(before, after, f"before {name}", f"after {name}", lineterm="")
     return {
         "index": snapshot.index,
         "matched": stats.matched,
         "rewritten": stats.rewritten,
         "skipped": dict(stats.skipped),
-        "diff": "\n".join(lines),
+        "diff": difference(snapshot.step.text, snapshot.before, snapshot.after),
     }
-
-
-def _lines(graph: "Graph") -> list[str]:
-    from gtrans.ir.printer import to_code
-
-    kept = _kept(graph)
-    return [*to_code(graph.graph, lines=False).splitlines(), *(f"keep {line}" for line in kept)]
 
 
 def _print_change(change: dict[str, Any], count: int) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gtrans import __version__
-from gtrans.cli import catalog, checks, graphs, memory, reports
+from gtrans.cli import catalog, checks, debug, graphs, memory, reports
 
 app = typer.Typer(
     name="gtrans",
@@ -51,6 +51,9 @@ app.command("timeline", epilog=memory.TIMELINE_EXAMPLES)(memory.timeline)
 app.command("why-peak", epilog=memory.WHY_PEAK_EXAMPLES)(memory.why_peak)
 app.command("verify", epilog=checks.VERIFY_EXAMPLES)(checks.verify)
 app.command("bisect", epilog=checks.BISECT_EXAMPLES)(checks.bisect)
+app.command("run", cls=debug.RunCommand, epilog=debug.RUN_EXAMPLES)(debug.run)
+app.command("reduce", epilog=debug.REDUCE_EXAMPLES)(debug.reduce)
+app.command("repro", epilog=debug.REPRO_EXAMPLES)(debug.repro)
 app.command("time", epilog=reports.TIME_EXAMPLES)(reports.time_passes)
 app.command("doctor", epilog=catalog.DOCTOR_EXAMPLES)(catalog.doctor)
 

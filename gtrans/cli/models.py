@@ -18,6 +18,7 @@ from torch import nn
 from gtrans.cli.hub import build
 from gtrans.core import Pass
 from gtrans.errors import GTransError, ModelError, OptionError, did_you_mean
+from gtrans.ir.half import Backend
 from gtrans.registry import registered
 
 _FORMS = "MODEL is package.module:function, file.py:function or hf:CONFIG"
@@ -44,7 +45,7 @@ def session(plugins: Sequence[str] | None = None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_importable(Path.cwd()))
         for text in plugins or ():
-            stack.enter_context(registered(*plugin_passes(text)))
+            stack.enter_context(registered(*plugin_classes(text)))
         yield
 
 
@@ -78,8 +79,8 @@ def load(text: str, *, seed: int = 0) -> Loaded:
     return _checked(text, _called(text, function))
 
 
-def plugin_passes(text: str) -> list[type[Pass[Any]]]:
-    """The pass classes that a module or file defines.
+def plugin_classes(text: str) -> list[type[Pass[Any]] | type[Backend]]:
+    """The classes of passes and backends that a module or file defines.
 
     Raises:
         OptionError: it cannot be loaded, or defines none.
@@ -92,8 +93,8 @@ def plugin_passes(text: str) -> list[type[Pass[Any]]]:
         value
         for value in vars(module).values()
         if isinstance(value, type)
-        and issubclass(value, Pass)
         and value.__module__ == module.__name__
+        and (issubclass(value, Pass) or _is_backend(value))
         and isinstance(getattr(value, "name", None), str)  # without a name it is a base class
     ]
     if not found:
@@ -101,6 +102,10 @@ def plugin_passes(text: str) -> list[type[Pass[Any]]]:
             f"plug-in {text!r} defines no pass; a pass is a class that derives from gtrans.Pass"
         )
     return found
+
+
+def _is_backend(cls: type) -> bool:
+    return all(callable(getattr(cls, m, None)) for m in ("unavailable", "prepare", "compile"))
 
 
 class _LoadError(Exception):

@@ -9,10 +9,10 @@ from torch import nn
 
 from gtrans.analysis.chains import END_OF_STREAM, find_chains
 from gtrans.analysis.critical_path import backward_critical_path
+from gtrans.debugging.recording import Recording
 from gtrans.ir.joint import JointGraph
 from gtrans.passes.wire.highway_bp import HighwayBP
 from gtrans.pipeline import Pipeline
-from gtrans.replay import Recording
 from gtrans.testing.streams import FLAVOURS, Flavour, Stream
 
 aten = torch.ops.aten

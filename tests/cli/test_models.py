@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gtrans.cli.models import load, plugin_passes, session
+from gtrans.cli.models import load, plugin_classes, session
 from gtrans.errors import ModelError, OptionError
 from gtrans.registry import pass_table
 
@@ -197,5 +197,5 @@ def test_plug_ins_are_registered_for_the_session_only(wrong_passes: str) -> None
 )
 def test_what_is_wrong_with_a_plug_in_is_said(model_file: str, text: str, message: str) -> None:
     with pytest.raises(OptionError) as caught:
-        plugin_passes(text)
+        plugin_classes(text)
     assert message in str(caught.value)

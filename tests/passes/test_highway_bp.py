@@ -17,10 +17,10 @@ from gtrans.api import install
 from gtrans.capture import Captured, Compiler, capture_always
 from gtrans.contract import Iterative
 from gtrans.core import HELD_BACK
+from gtrans.debugging.recording import Recording
 from gtrans.errors import ContractError, OptionError
 from gtrans.passes.wire.highway_bp import HighwayBP
 from gtrans.pipeline import Gate, Pipeline
-from gtrans.replay import Recording
 from gtrans.testing.laws import check_pass
 from gtrans.testing.streams import FLAVOURS, Flavour, Stream
 

@@ -9,11 +9,11 @@ from torch import nn
 import gtrans
 from gtrans.contract import Exact
 from gtrans.core import HELD_BACK
+from gtrans.debugging.recording import Recording
 from gtrans.errors import OptionError
 from gtrans.ir.joint import JointGraph
 from gtrans.passes.rule.hoist_recurrent_wgrad import HoistRecurrentWgrad
 from gtrans.pipeline import Gate, Pipeline
-from gtrans.replay import Recording
 from gtrans.testing.laws import check_pass
 
 aten = torch.ops.aten

@@ -6,29 +6,38 @@ A single culprit among n is found by halving in about log2(n) checks; several th
 gradient only together by delta debugging (Zeller and Hildebrandt, Simplifying and isolating
 failure-inducing input, 2002, the algorithm ddmin); several that each break it, one after another.
 
-The model is captured once. A check then runs the joint passes on a copy of the captured graphs and
-both halves on the recorded values of one step, which takes a fraction of capturing again. The
-result is confirmed by `gtrans.verification.compare` on the whole model. Where the recorded graphs
-cannot tell (a pass worked on the forward graph, so that capture differs), every check is a
-comparison.
+The model is captured once. A check then runs the passes on a copy of the captured graphs, and the
+graphs on the recorded values of one step, which takes a fraction of capturing again: the forward
+passes on the forward graphs as Dynamo made them, the joint passes on the joint graphs of what all
+forward passes made. The result is confirmed by `gtrans.verification.compare` on the whole model.
+Where the recorded graphs cannot tell, every check is a comparison.
+
+Un-lowered graphs come first. Only where they are right and what a backend makes of them is wrong is
+the backend to blame; then the halves of graphs that it takes are found in the same way.
 """
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from gtrans.errors import GTransError, OptionError
+from gtrans.backends.eager import Eager
+from gtrans.capture import usable_backend
+from gtrans.comparison import Loss
+from gtrans.debugging.numbers import format_numbers
+from gtrans.debugging.recording import Recording
+from gtrans.errors import CaptureError, GTransError, OptionError
 from gtrans.ir.forward import ForwardGraph
+from gtrans.ir.half import Backend, Half, Role, Runnable
+from gtrans.ir.joint import JointGraph
 from gtrans.ir.source import location
-from gtrans.pipeline import Gate, Pipeline, Rewrite
+from gtrans.pipeline import Gate, Graph, Pipeline, Rewrite
 from gtrans.plan.planner import Plan
-from gtrans.replay import Recording
-from gtrans.verification import Loss, Verification, compare
+from gtrans.verification import Verification, compare
 
 T = TypeVar("T")
 
@@ -71,6 +80,9 @@ class Bisection:
         recaptured: how many of them ran the whole model rather than its recorded graphs.
         seconds: how long the search took.
         verification: the comparison with all rewrites, or with the culprits alone if there are any.
+        backend: the backend that breaks the gradient, "" where it is not one.
+        halves: the halves it breaks, as "backward half of graph 0"; the culprits are then the
+            rewrites without which it does not, none if it does so without any.
     """
 
     pipeline: Pipeline
@@ -82,6 +94,8 @@ class Bisection:
     recaptured: int
     seconds: float
     verification: Verification
+    backend: str = ""
+    halves: tuple[str, ...] = ()
 
     @property
     def passes(self) -> list[str]:
@@ -114,6 +128,8 @@ class Bisection:
             "checks": self.checks,
             "recaptured": self.recaptured,
             "seconds": self.seconds,
+            "backend": self.backend,
+            "halves": list(self.halves),
         }
 
 
@@ -123,6 +139,7 @@ def bisect(
     keyword_inputs: dict[str, Any],
     pipeline: Pipeline,
     *,
+    backend: str = "eager",
     loss: Loss | None = None,
     seed: int = 0,
     most: int = 5,
@@ -135,6 +152,7 @@ def bisect(
         inputs: its positional inputs.
         keyword_inputs: its keyword inputs.
         pipeline: the passes to search.
+        backend: what to lower with, if the un-lowered graphs are right.
         loss: as for `gtrans.verify`.
         seed: seed of the random state.
         most: stop after so many culprits; a pass that is wrong everywhere has many.
@@ -148,7 +166,7 @@ def bisect(
     if most < 1:
         raise OptionError(f"most must be at least 1, got {most}")
     search = _Search(model, inputs, keyword_inputs, pipeline, loss, seed, on_check)
-    return search.run(most)
+    return search.run(most, backend)
 
 
 class _Search:
@@ -172,40 +190,79 @@ class _Search:
         self.on_check = on_check
         self.dtypes: Sequence[torch.dtype | None] = (torch.float64, None)
         self.recording: Recording | None = None
+        self.own_numbers: dict[type[Graph], list[int]] = {}
         self.background: tuple[int, ...] = ()
         self.known: dict[frozenset[int], bool] = {}
         self.checks = 0
         self.recaptured = 0
 
-    def run(self, most: int) -> Bisection:
+    def run(self, most: int, backend: str) -> Bisection:
         """Compares with all rewrites, searches if that differs, and confirms what it found."""
         start = time.perf_counter()
         gate = Gate()
-        whole = self._compare(gate)
+        whole = self._compare(gate, backend)
         if whole.ok:
-            return self._result((), True, whole, len(gate.seen), start)
+            return self._result((), True, whole, gate, start)
         self._narrow_dtypes(whole)
+        if backend != "eager":
+            plain = self._compare(gate)
+            if plain.ok:
+                return self._in_backend(backend, whole, gate, start)
+            whole = plain
         self.recording = self._record(gate.seen)
-        culprits, complete = self._search(gate.seen, most)
-        final = Gate({*self.background, *(n for c in culprits for n in c)})
-        verification = self._compare(final) if culprits else whole
+        culprits, complete, final, verification = self._confirmed(gate, whole, most)
         if self.recording is not None and (verification.ok or not culprits):
             # What the recorded graphs show is not what the model shows: trust only the model.
             self.recording = None
             self.known.clear()
-            culprits, complete = self._search(gate.seen, most)
-            final = Gate({*self.background, *(n for c in culprits for n in c)})
-            verification = self._compare(final) if culprits else whole
-        performed = {r.number: r for r in (*gate.seen, *final.seen)}
-        where = _places(verification)
-        named = tuple(
+            culprits, complete, final, verification = self._confirmed(gate, whole, most)
+        return self._result(
+            self._named(culprits, (gate, final), verification), complete, verification, gate, start
+        )
+
+    def _confirmed(
+        self, gate: Gate, whole: Verification, most: int
+    ) -> tuple[list[tuple[int, ...]], bool, Gate, Verification]:
+        culprits, complete = self._search(gate.seen, most)
+        final = Gate({*self.background, *(n for c in culprits for n in c)})
+        return culprits, complete, final, self._compare(final) if culprits else whole
+
+    def _named(
+        self, culprits: Sequence[tuple[int, ...]], gates: Sequence[Gate], found: Verification
+    ) -> tuple[Culprit, ...]:
+        performed = {r.number: r for gate in gates for r in gate.seen}
+        where = _places(found)
+        return tuple(
             Culprit(
                 tuple(performed[n] for n in c),
                 tuple(where.get(performed[n].site, "") for n in c),
             )
             for c in culprits
         )
-        return self._result(named, complete, verification, len(gate.seen), start)
+
+    def _in_backend(self, name: str, whole: Verification, gate: Gate, start: float) -> Bisection:
+        """The halves that a backend breaks, and the rewrites without which it does not."""
+        lowering = usable_backend(name)
+        training = [c.index for c in whole.explanation.captured if c.training]
+        halves: list[tuple[int, Role]] = [
+            (index, role) for index in training for role in ("forward", "backward")
+        ]
+
+        def breaks(some: Sequence[tuple[int, Role]]) -> bool:
+            return not self._compare(Gate(), Partly(lowering, frozenset(some))).ok
+
+        broken = minimal_failing(halves, breaks)
+        partly = Partly(lowering, frozenset(broken))
+        needed: tuple[int, ...] = ()
+        if self._compare(Gate(()), partly).ok:
+            numbers = [r.number for r in gate.seen]
+            needed = minimal_failing(
+                numbers, lambda some: not self._compare(Gate(set(some)), partly).ok
+            )
+        named = self._named([needed] if needed else [], (gate,), whole)
+        texts = tuple(f"{role} half of graph {index}" for index, role in broken)
+        found = self._result(named, True, whole, gate, start)
+        return replace(found, backend=name, halves=texts)
 
     def _search(self, rewrites: Sequence[Rewrite], most: int) -> tuple[list[tuple[int, ...]], bool]:
         """Culprits as tuples of numbers, and whether the rest does no harm."""
@@ -247,7 +304,11 @@ class _Search:
         try:
             if self.recording is not None:
                 self.checks += 1
-                wrong = not self.recording.agrees(self.pipeline, Gate(numbers))
+                wrong = not all(
+                    self.recording.agrees(self.pipeline.on(kind), Gate(_renumbered(numbers, own)))
+                    for kind, own in self.own_numbers.items()
+                    if own
+                )
             else:
                 wrong = not self._compare(Gate(numbers)).ok
         except GTransError:
@@ -257,7 +318,7 @@ class _Search:
             self.on_check(len(numbers), wrong)
         return wrong
 
-    def _compare(self, gate: Gate) -> Verification:
+    def _compare(self, gate: Gate, backend: str | Backend = "eager") -> Verification:
         self.checks += 1
         self.recaptured += 1
         inputs, keywords = self.arguments
@@ -266,6 +327,7 @@ class _Search:
             inputs,
             keywords,
             self.pipeline,
+            backend=backend,
             loss=self.loss,
             seed=self.seed,
             gate=gate,
@@ -278,26 +340,37 @@ class _Search:
         self.dtypes = (torch.float64,) if torch.float64 in wrong else (None,)
 
     def _record(self, rewrites: Sequence[Rewrite]) -> Recording | None:
-        """The recorded graphs, if no pass has rewritten the forward graph they come from."""
-        names = {p.name for p in self.pipeline.passes if p.works_on is ForwardGraph}
-        if any(r.pass_name in names for r in rewrites):
-            return None
+        """The recorded graphs; None where they cannot be run by themselves."""
+        names = {p.name for p in self.pipeline.on(ForwardGraph).passes}
+        self.own_numbers = {
+            ForwardGraph: [r.number for r in rewrites if r.pass_name in names],
+            JointGraph: [r.number for r in rewrites if r.pass_name not in names],
+        }
         inputs, keywords = self.arguments
-        return Recording(
-            self.model, inputs, keywords, dtype=self.dtypes[0], loss=self.loss, seed=self.seed
-        )
+        try:
+            return Recording(
+                self.model,
+                inputs,
+                keywords,
+                dtype=self.dtypes[0],
+                loss=self.loss,
+                seed=self.seed,
+                forward=self.pipeline,
+            )
+        except CaptureError:
+            return None
 
     def _result(
         self,
         culprits: tuple[Culprit, ...],
         complete: bool,
         verification: Verification,
-        rewrites: int,
+        gate: Gate,
         start: float,
     ) -> Bisection:
         return Bisection(
             verification.explanation.pipeline,
-            rewrites,
+            len(gate.seen),
             self.background,
             culprits,
             complete,
@@ -306,6 +379,43 @@ class _Search:
             time.perf_counter() - start,
             verification,
         )
+
+
+@dataclass
+class Partly:
+    """A lowering of some halves by a backend, and of the others by `eager`.
+
+    Attributes:
+        backend: what lowers the chosen halves.
+        halves: number of the graph and role of each.
+        name: of the lowering.
+        overwrites_saved: whether halves may overwrite saved values; so they may if one does.
+    """
+
+    backend: Backend
+    halves: frozenset[tuple[int, Role]]
+    name: str = "partly"
+    overwrites_saved: bool = True
+
+    def unavailable(self) -> str | None:
+        """As the backend."""
+        return self.backend.unavailable()
+
+    def prepare(self, half: Half) -> Half:
+        """As whoever lowers this half."""
+        return self._lowering(half).prepare(half)
+
+    def compile(self, half: Half) -> Runnable:
+        """As whoever lowers this half."""
+        return self._lowering(half).compile(half)
+
+    def _lowering(self, half: Half) -> Backend:
+        return self.backend if (half.graph, half.role) in self.halves else Eager()
+
+
+def _renumbered(numbers: Collection[int], own: Sequence[int]) -> set[int]:
+    """Numbers of rewrites as they are counted where only these are asked for."""
+    return {i for i, number in enumerate(own, 1) if number in numbers}
 
 
 def minimal_failing(items: Sequence[T], fails: Callable[[Sequence[T]], bool]) -> tuple[T, ...]:
@@ -340,39 +450,6 @@ def _ddmin(items: Sequence[T], fails: Callable[[Sequence[T]], bool]) -> tuple[T,
         else:
             break
     return tuple(suspects)
-
-
-def format_numbers(numbers: Collection[int]) -> str:
-    """Numbers with runs folded: ``1-16,18``; the inverse of `parse_numbers`."""
-    runs: list[list[int]] = []
-    for n in sorted(set(numbers)):
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def parse_numbers(text: str) -> frozenset[int]:
-    """Reads ``1-16,18``; the empty text is the empty set.
-
-    Raises:
-        OptionError: the text is no list of positive numbers and ranges.
-    """
-    found: set[int] = set()
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise OptionError(
-                f"cannot read rewrite numbers {text!r} at {part!r}; write '18' or '1-16,18'"
-            )
-        low, high = int(first), int(last or first)
-        if not 1 <= low <= high:
-            raise OptionError(
-                f"rewrite numbers start at 1 and ranges go upwards; {part!r} in {text!r} does not"
-            )
-        found.update(range(low, high + 1))
-    return frozenset(found)
 
 
 def _places(verification: Verification) -> dict[str, str]:
