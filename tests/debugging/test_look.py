@@ -1,5 +1,6 @@
 """Looking at passes while they run, by settings and by environment variables."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,18 @@ from tests.debugging.networks import layers
 def _registered() -> Iterator[None]:
     with registered(wrong.WrongScale, wrong.WrongForward, wrong.Raises):
         yield
+
+
+def python(file: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a file in a process of its own, with this gtrans."""
+    root = str(Path(__file__).parents[2])
+    return subprocess.run(
+        [sys.executable, str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": root},
+    )
 
 
 def looked(passes: str, look: Look) -> tuple[list[str], Compiler]:
@@ -149,7 +162,8 @@ def test_each_graph_is_written_as_python_that_runs(tmp_path: Path) -> None:
     assert '<a href="003_graph0_wrong-scale.diff">diff</a>' in index
     last = tmp_path / "dump" / "004_graph0_plan.py"
     assert Written.read(last).case().graph.nodes
-    done = subprocess.run([sys.executable, str(last)], capture_output=True, text=True, check=True)
+    done = python(last)
+    assert done.returncode == 0, done.stderr
     assert "gradient  layers.0.weight" in done.stdout
 
 
@@ -245,8 +259,8 @@ def test_a_pass_that_fails_is_written_down_and_training_goes_on(
     assert all(p.grad is not None for p in model.parameters())
     case = Written.read(file)
     assert case.facts["failure"]["error"] == "ZeroDivisionError"
-    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    done = python(file)
+    assert done.returncode == 1, done.stderr
     assert "still fails: pass 'raises': raises ZeroDivisionError: on purpose" in done.stdout
 
 
