@@ -8,7 +8,16 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 
-_NOT_BENCHMARKS = {"__init__", "__main__", "networks", "planted", "rivals", "table", "zoo"}
+_NOT_BENCHMARKS = {
+    "__init__",
+    "__main__",
+    "minifier",
+    "networks",
+    "planted",
+    "rivals",
+    "table",
+    "zoo",
+}
 
 
 def names() -> list[str]:

@@ -4,9 +4,13 @@ Each defect is one wrong rewrite among right ones (`benchmarks.planted`). It cou
 `gtrans.debugging.bisect` names exactly that rewrite (or the backend) in less than 30 s, and as
 reduced if `reduce` leaves less than 25 nodes, inputs and output included, whose script shows the
 same failure in a process of its own. All on the eager path, on two cores.
-`--quick` takes five defects.
+
+For comparison torch's accuracy minifier is asked about a defect in a joint pass, and about the same
+one in a lowering as a control (`benchmarks.minifier`). `--quick` takes five defects and leaves that
+out.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -111,6 +115,10 @@ def main(quick: bool, device: str) -> int:
             found += named == truth and result.seconds < _SECONDS
             reduced += small.case.size < _NODES and script == "shows it"
             slowest, largest = max(slowest, result.seconds), max(largest, small.case.size)
+        if not quick:
+            for place in ("pass", "lowering"):
+                said = _minifier(place, Path(folder))
+                print(f"torch's accuracy minifier, a defect in a {place}: {said}", flush=True)
     count = len(chosen)
     return verdict(
         found == reduced == count,
@@ -161,6 +169,25 @@ def _reduced(model: nn.Module, ids: torch.Tensor, planting: Planting) -> tuple[f
 def _replayed(file: Path, small: Reduction) -> str:
     """Runs the script in a process of its own."""
     file.write_text(write(small.case, f"{small.case.failure}."))
-    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=False)
+    done = _python([str(file)], Path.cwd())
     shows = done.returncode == 1 and "still fails" in done.stdout
     return "shows it" if shows else f"exit {done.returncode}"
+
+
+def _minifier(place: str, folder: Path) -> str:
+    """What torch's accuracy minifier says, run in a folder that it may fill."""
+    done = _python(["-m", "benchmarks.minifier", place], folder)
+    return (done.stdout.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+
+
+def _python(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs Python with the gtrans and the benchmarks of the working directory."""
+    path = os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+    )

@@ -156,8 +156,13 @@ def compare(
     seed: int = 0,
     gate: Gate | None = None,
     dtypes: Sequence[torch.dtype | None] = (torch.float64, None),
+    until_wrong: bool = False,
 ) -> Verification:
-    """`verify` with a ready pipeline, a choice of rewrites, and dtypes (None: the model's own)."""
+    """`verify` with a ready pipeline, a choice of rewrites, and dtypes (None: the model's own).
+
+    Args:
+        until_wrong: leave out further dtypes once one shows a difference.
+    """
     require_trainable(model)
     comparisons: list[Comparison] = []
     notes: list[str] = []
@@ -196,6 +201,8 @@ def compare(
             comparisons.append(
                 compare_tensors(name, kind, value, found, explanation.contract, size, floor)
             )
+        if until_wrong and not all(c.ok for c in comparisons):
+            break
     assert explanation is not None
     return Verification(explanation.contract, comparisons, explanation, notes)
 

@@ -332,6 +332,7 @@ class _Search:
             seed=self.seed,
             gate=gate,
             dtypes=self.dtypes,
+            until_wrong=True,
         )
 
     def _narrow_dtypes(self, whole: Verification) -> None:
