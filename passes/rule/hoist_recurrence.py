@@ -1,0 +1,58 @@
+"""Run the backward of a recurrent layer as one carried product a step, and all else at once.
+
+    as autograd unrolls it                       gates of all steps: one product
+    for t = T .. 1:                        -->   for t = T .. 1: w = e[t] + w z + (w C[t]) U
+        gates, derivatives, dU +=, dx[t]         dU, db, dx: one product each
+
+Shapes: states: [T, B, s d]; gates: [T, B, g d]; C: [T, B, s, g + s, d], with g = 3, s = 1 for a
+    GRU, 4 and 2 for an LSTM, 1 and 1 for an RNN.
+Saves: all of the gates; only inputs and states are kept for the backward.
+Costs: the product of the gates once more, over all steps at once.
+Contract: exact, up to the order of sums.
+Needs: `nn.RNN`, `nn.GRU` or `nn.LSTM` with any number of layers and directions; no projection, no
+    packed sequence, no dropout between layers.
+Source: gtrans. With `method=scan` the carried product is a parallel scan over matrices, as in
+    Danieli et al., NeurIPS 2023, arXiv:2309.16318; (s d)^3 work a step, so for small states.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from gtrans.contract import Contract, Exact
+from gtrans.core import Knob, require
+from gtrans.rewrite.recurrences import RecurrencePass
+
+
+@dataclass(frozen=True)
+class HoistRecurrence(RecurrencePass):
+    """Compute all that a recurrent backward does not carry in products over all steps.
+
+    Args:
+        method: "loop" carries step by step, "scan" in a logarithmic number of steps.
+        min_steps: leave shorter recurrences alone.
+    """
+
+    name: ClassVar[str] = "hoist-recurrence"
+    knob: ClassVar[Knob] = Knob.RULE
+
+    method: Literal["loop", "scan"] = "loop"
+    min_steps: int = 4
+
+    def __post_init__(self) -> None:
+        require(
+            self.method in ("loop", "scan"),
+            f"hoist-recurrence: method must be 'loop' or 'scan', got {self.method!r}",
+        )
+        require(
+            self.min_steps >= 1,
+            f"hoist-recurrence: min_steps must be at least 1, got {self.min_steps}",
+        )
+
+    @property
+    def contract(self) -> Contract:
+        """The same gradient, up to the order of sums."""
+        return Exact(bitwise=False)
+
+    def settings(self) -> dict[str, Any]:
+        """The rule of the backward."""
+        return {"rule": self.method}

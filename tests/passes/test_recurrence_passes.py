@@ -1,0 +1,108 @@
+"""The passes over recurrent layers: what they find, refuse, and leave as torch has it."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import gtrans
+from gtrans.errors import OptionError
+from gtrans.ir.forward import ForwardGraph
+from gtrans.passes.rule.hoist_recurrence import HoistRecurrence
+from gtrans.pipeline import Pipeline
+
+PASSES = (
+    "hoist-recurrence", "highway-recurrence", "cut-carry", "stationary-feedback",
+    "parallel-feedforward",
+)  # fmt: skip
+
+
+class Model(nn.Module):
+    """A recurrent layer between two products."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.layer = layer
+        width = layer.proj_size or layer.hidden_size
+        self.last = nn.Linear(width * (2 if layer.bidirectional else 1), 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.layer(self.first(x))[0]
+        return self.last(states)
+
+
+def _note(model: nn.Module, x: torch.Tensor, passes: str) -> str:
+    torch.compiler.reset()
+    return str(gtrans.explain(model, x, passes=passes))
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_each_pass_is_exact_at_its_knob(name: str) -> None:
+    options = {
+        "hoist-recurrence": "method=scan",
+        "highway-recurrence": "iterations=8",
+        "cut-carry": "every=9",
+        "stationary-feedback": "",
+        "parallel-feedforward": "tolerance=0.0,method=newton",
+    }[name]
+    torch.manual_seed(0)
+    model = Model(nn.LSTM(3, 4, num_layers=2, bidirectional=True)).double()
+    text = f"{name}{{min_steps=1,{options}}}".replace(",}", "}")
+    torch.compiler.reset()
+    x = torch.randn(9, 2, 3, dtype=torch.float64, requires_grad=True)
+    found = gtrans.verify(model, x, passes=text)
+    worst = max(c.relative for c in found.gradients(torch.float64))
+    assert (worst < 1e-9) == (name != "stationary-feedback")
+
+
+def test_one_pass_sets_the_forward_and_another_the_backward() -> None:
+    torch.manual_seed(0)
+    model, x = Model(nn.GRU(3, 4)), torch.randn(70, 2, 3)
+    text = _note(model, x, "parallel-feedforward,highway-recurrence,cut-carry,cut-carry")
+    assert text.count("matched 1, rewrote 1") >= 2
+    assert "another pass has set how it runs" in text
+    again = _note(model, x, "hoist-recurrence,hoist-recurrence")
+    assert "it is so already" in again
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.LSTM(3, 4, proj_size=2), "it projects its states"),
+        (nn.GRU(3, 4, num_layers=2, dropout=0.5), "it drops values between its layers"),
+    ],
+)
+def test_what_the_operator_does_not_compute_is_refused(layer: nn.RNNBase, reason: str) -> None:
+    assert reason in _note(Model(layer), torch.randn(9, 2, 3), "hoist-recurrence")
+    short = Model(nn.GRU(3, 4))
+    assert "fewer steps than min_steps" in _note(short, torch.randn(3, 2, 3), "hoist-recurrence")
+
+
+def test_packed_sequences_are_refused() -> None:
+    def call(x: Any, lengths: Any, hx: Any, weight: Any) -> Any:
+        return torch.gru(x, lengths, hx, [weight] * 4, True, 1, 0.0, True, False)
+
+    graph = ForwardGraph(fx.symbolic_trace(call))
+    only = HoistRecurrence()
+    (site,) = only.sites(graph)
+    assert only.refuse(graph, site) == "its sequences are packed"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hoist-recurrence{method=guess}", "method"),
+        ("hoist-recurrence{min_steps=0}", "min_steps must be at least 1, got 0"),
+        ("highway-recurrence{iterations=-1}", "iterations must be at least 0, got -1"),
+        ("cut-carry{every=0}", "every must be at least 1, got 0"),
+        ("stationary-feedback{feedback=guess}", "feedback"),
+        ("stationary-feedback{min_steps=0}", "min_steps must be at least 1, got 0"),
+        ("parallel-feedforward{method=guess}", "method"),
+        ("parallel-feedforward{tolerance=-1.0}", "tolerance must be at least 0, got -1.0"),
+    ],
+)
+def test_options_out_of_range_are_refused(text: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Pipeline.parse(text)
