@@ -316,7 +316,7 @@ def parse_option(text: str, kind: Any, where: str) -> Any:
     """
     if isinstance(kind, types.UnionType):
         choices = [k for k in typing.get_args(kind) if k is not types.NoneType]
-        if text == "None":
+        if text in ("None", "auto"):
             return None
         kind = choices[0]
     if hasattr(kind, "parse"):

@@ -110,6 +110,14 @@ class Chain:
                     found[node] = frozenset().union(*read)
         return found
 
+    def moving(self) -> frozenset[fx.Node]:
+        """The nodes up to the end that depend on a point, and the points."""
+        found = {self.head}
+        for node in _between(self.head, self.links[-1].node):
+            if any(n in found for n in node.all_input_nodes):
+                found.add(node)
+        return frozenset(found | set(self.points))
+
 
 END_OF_STREAM = "the stream ends"
 

@@ -76,6 +76,14 @@ def steps_of(site: fx.Node) -> int:
     return hint(value(x).shape[1 if batch_first else 0])
 
 
+def state_size(site: fx.Node) -> int:
+    """Elements of one state: batch times width."""
+    hx: Any = site.args[2 if site.target is recurrent_network else 1]
+    first = hx[0] if isinstance(hx, list | tuple) else hx
+    shape = value(first).shape
+    return hint(shape[-2]) * hint(shape[-1])
+
+
 def _not_plain(site: fx.Node) -> str | None:
     if site.kwargs or len(site.args) != 9 or not isinstance(site.args[2], list | tuple):
         return "its sequences are packed"

@@ -121,7 +121,7 @@ def cotangents(found: Linearised, drive: torch.Tensor, rule: str, count: int) ->
             return of.pull(w) - of.past * w
 
         solved = solve_backward(pull, drive, keep=found.past, sweeps=count)
-        watch_ratio(solved.ratio, "a recurrence", count)
+        watch_ratio(solved.states, solved.before, "a recurrence", count)
         return solved.states
     if rule == "cut":
         return _cut(found, drive, count)

@@ -169,11 +169,11 @@ class Cotangents:
 
     Attributes:
         states: w, [T, *s].
-        ratio: |wk - w(k-1)| / |wk| of the last sweep, a scalar; None without a sweep.
+        before: those of one sweep less; None without a sweep.
     """
 
     states: torch.Tensor
-    ratio: torch.Tensor | None = None
+    before: torch.Tensor | None = None
 
 
 def solve_backward(
@@ -197,12 +197,11 @@ def solve_backward(
     if sweeps is None:
         return Cotangents(_step_by_step(pull, drive, behind))
     first = w = _spread(drive, behind)
-    ratio = None
+    last = None
     for _ in range(min(sweeps, steps - 1)):
         sent = pull(w[1:], slice(1, steps))
         last, w = w, first + _spread(torch.cat([sent, torch.zeros_like(sent[:1])]), behind)
-        ratio = (w - last).norm() / w.norm()
-    return Cotangents(w, ratio)
+    return Cotangents(w, last)
 
 
 def _spread(a: torch.Tensor, behind: Carry) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Says when truncated sweeps have not settled."""
 
 import logging
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ _calls: dict[str, int] = {}
 _warned: set[str] = set()
 
 
-def watch_ratio(ratio: torch.Tensor | None, where: str, sweeps: int) -> None:
+def watch_ratio(last: torch.Tensor, before: torch.Tensor | None, where: str, sweeps: int) -> None:
     """Warns once a place if the last sweep still changed much of the result.
 
     Reading a number off a device waits for it, so only the first calls and every 256th look. The
@@ -22,24 +23,25 @@ def watch_ratio(ratio: torch.Tensor | None, where: str, sweeps: int) -> None:
     not be accumulated over batches any more.
 
     Args:
-        ratio: |wk - w(k-1)| / |wk|.
+        last: wk.
+        before: w(k-1); None if there was no sweep.
         where: the place, for the message.
         sweeps: k.
     """
-    if ratio is None or where in _warned:
+    if before is None or where in _warned:
         return
     calls = _calls[where] = _calls.get(where, 0) + 1
     if calls > _CHECKED_FIRST and calls % _CHECKED_EVERY:
         return
-    found = float(ratio)
-    if found > LIMIT:
+    ratio = float((last - before).norm() / last.norm())
+    if ratio > LIMIT:
         _warned.add(where)
         log.warning(
             "gtrans: sweep %d over %s still changed the gradient by %.0f %%: it is far from the "
             "true one. More sweeps (iterations) settle it; gtrans.verify measures how far it is",
             sweeps,
             where,
-            100 * found,
+            100 * ratio,
         )
 
 
@@ -47,3 +49,18 @@ def forget() -> None:
     """Warns again, and looks at the next calls again."""
     _calls.clear()
     _warned.clear()
+
+
+@torch.library.custom_op("gtrans::watch_sweeps", mutates_args=())
+def watch_sweeps(last: torch.Tensor, before: torch.Tensor, where: str, sweeps: int) -> torch.Tensor:
+    """A copy of the last iterate, after `watch_ratio` has looked at it."""
+    watch_ratio(last, before, where, sweeps)
+    return last.clone()
+
+
+@watch_sweeps.register_fake
+def _(last: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return torch.empty_like(last)
+
+
+WATCH = torch.ops.gtrans.watch_sweeps.default

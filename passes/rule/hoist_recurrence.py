@@ -18,9 +18,12 @@ Source: gtrans. With `method=scan` the carried product is a parallel scan over m
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from torch import fx
+
 from gtrans.contract import Contract, Exact
 from gtrans.core import Knob, require
-from gtrans.rewrite.recurrences import RecurrencePass
+from gtrans.ir.forward import ForwardGraph
+from gtrans.rewrite.recurrences import RecurrencePass, state_size
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class HoistRecurrence(RecurrencePass):
     Args:
         method: "loop" carries step by step, "scan" in a logarithmic number of steps.
         min_steps: leave shorter recurrences alone.
+        max_state: leave recurrences alone whose states (batch times width) have more elements: the
+            product of a step is then large enough, and to compute the gates again costs more than
+            is saved.
     """
 
     name: ClassVar[str] = "hoist-recurrence"
@@ -37,6 +43,7 @@ class HoistRecurrence(RecurrencePass):
 
     method: Literal["loop", "scan"] = "loop"
     min_steps: int = 4
+    max_state: int = 1024
 
     def __post_init__(self) -> None:
         require(
@@ -52,6 +59,13 @@ class HoistRecurrence(RecurrencePass):
     def contract(self) -> Contract:
         """The same gradient, up to the order of sums."""
         return Exact(bitwise=False)
+
+    def refuse(self, graph: ForwardGraph, site: fx.Node) -> str | None:
+        """Refuses large states too."""
+        reason = super().refuse(graph, site)
+        if reason is None and state_size(site) > self.max_state:
+            return "a state has more elements than max_state"
+        return reason
 
     def settings(self) -> dict[str, Any]:
         """The rule of the backward."""

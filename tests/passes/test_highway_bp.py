@@ -21,6 +21,7 @@ from gtrans.debugging.recording import Recording
 from gtrans.errors import ContractError, OptionError
 from gtrans.passes.wire.highway_bp import HighwayBP
 from gtrans.pipeline import Gate, Pipeline
+from gtrans.runtime.watch import forget
 from gtrans.testing.laws import check_pass
 from gtrans.testing.streams import FLAVOURS, Flavour, Stream
 
@@ -312,3 +313,59 @@ def test_options() -> None:
         HighwayBP(gamma=1.5)
     with pytest.raises(OptionError, match="min_links must be at least 1, got 0"):
         HighwayBP(min_links=0)
+
+
+# ------------------------------------------------------------------------------------ damping
+
+
+class _Cancelling(nn.Module):
+    """Residual blocks that undo a part of their input, as trained ones do: J = -0.4 I + noise."""
+
+    def __init__(self, depth: int, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        with torch.no_grad():
+            for block in self.blocks:
+                noise = 0.1 * torch.randn(width, width) / width**0.5
+                block.get_parameter("weight").copy_(noise - 0.4 * torch.eye(width))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        for block in self.blocks:
+            x = x + block(x)
+        return (x.square().sum(),)
+
+
+def test_measured_damping_tames_blocks_that_undo_their_residual() -> None:
+    torch.manual_seed(0)
+    recording, links = _recorded(_Cancelling(16, 8), _input(8, wants_gradient=False))
+    assert links == 15
+
+    def worst(iterations: int, gamma: float | None) -> float:
+        passes = Pipeline((HighwayBP(iterations, gamma, 1),))
+        return max(_errors(recording, passes).values())
+
+    assert worst(6, 0.0) > 10
+    measured = [worst(k, None) for k in (1, 3, 6)]
+    assert measured == sorted(measured, reverse=True)
+    assert measured[-1] < 0.05
+    assert worst(links, None) < 1e-10
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_measured_damping_is_exact_at_the_depth(flavour: Flavour) -> None:
+    torch.manual_seed(0)
+    recording, links = _recorded(Stream(flavour, 4), _input())
+    passes = Pipeline((HighwayBP(links - 1, None, 1),))
+    errors = _errors(recording, passes)
+    assert max(e for n, e in errors.items() if n != "x") < 1e-10
+
+
+def test_sweeps_far_from_settled_warn(caplog: pytest.LogCaptureFixture) -> None:
+    forget()
+    torch.manual_seed(0)
+    with caplog.at_level("WARNING", "gtrans"):
+        _Step(_Cancelling(16, 8).double(), _input(8), "highway-bp{iterations=4,gamma=0.0}")
+        _Step(_Cancelling(16, 8).double(), _input(8), "highway-bp{iterations=8,gamma=auto}")
+    (record,) = caplog.records
+    assert "gtrans: sweep 4 over the stream at" in record.message
+    forget()

@@ -76,6 +76,8 @@ def test_one_pass_sets_the_forward_and_another_the_backward() -> None:
 )
 def test_what_the_operator_does_not_compute_is_refused(layer: nn.RNNBase, reason: str) -> None:
     assert reason in _note(Model(layer), torch.randn(9, 2, 3), "hoist-recurrence")
+    small = _note(Model(nn.GRU(3, 4)), torch.randn(9, 2, 3), "hoist-recurrence{max_state=7}")
+    assert "a state has more elements than max_state" in small
     short = Model(nn.GRU(3, 4))
     assert "fewer steps than min_steps" in _note(short, torch.randn(3, 2, 3), "hoist-recurrence")
 
