@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import functional_call, vmap
 
 from gtrans.errors import ModelError, OptionError, did_you_mean
 from gtrans.runtime.solve import Evaluate, Solution, solve_forward
@@ -139,8 +139,8 @@ def _side_by_side(blocks: list[nn.Module], x: torch.Tensor) -> Evaluate:
             out: torch.Tensor = vmap(blocks[0])(h)
             return out
     elif _alike(blocks):
-        parameters, buffers = stack_module_state(blocks)
-        weights = {**parameters, **buffers}
+        named = [dict((*b.named_parameters(), *b.named_buffers())) for b in blocks]
+        weights = {n: torch.stack([w[n].detach() for w in named]) for n in named[0]}
         one = vmap(lambda w, h: functional_call(blocks[0], w, (h,)))
 
         def several(h: torch.Tensor, part: slice) -> torch.Tensor:
