@@ -54,8 +54,11 @@ class Sweeps:
                 self.joint.replace_uses(link.node, self._watched(link, final), link.node.users)
 
     def _watched(self, link: Link, final: fx.Node) -> fx.Node:
-        """The last iterate; that of the last sum under watch, for it has the most to settle."""
-        if link is not self.chain.links[-1] or self.last == 0:
+        """The last iterate; that of the last sum but one under watch.
+
+        It has nearly the most to settle, and the sum behind it needs its iterate before as well.
+        """
+        if link not in self.chain.links[-2:-1] or self.last == 0:
             return final
         where = f"the stream at {link.node.name}"
         before = self.made[link.node, self.last - 1]
