@@ -30,12 +30,14 @@ class SavedRow:
         bytes: of all of them.
         example: the first of them.
         modules: the modules that made them, as one pattern: ``h.*.mlp``.
+        members: all of them.
     """
 
     count: int
     bytes: int
     example: SavedValue
     modules: str = ""
+    members: tuple[SavedValue, ...] = ()
 
     @property
     def in_memory_anyway(self) -> bool:
@@ -254,14 +256,14 @@ def fold(values: Sequence[SavedValue]) -> list[SavedRow]:
     for v in values:
         key = (v.operator, v.shape, v.kind, v.location.file, v.location.line, v.readers, v.why)
         groups.setdefault(key, []).append(v)
-    rows = [
-        SavedRow(len(g), sum(v.bytes for v in g), g[0], common_path(v.location.module for v in g))
-        for g in groups.values()
-    ]
-    return sorted(rows, key=lambda r: -r.bytes)
+    return sorted(map(_row, groups.values()), key=lambda r: -r.bytes)
+
+
+def _row(group: Sequence[SavedValue]) -> SavedRow:
+    modules = common_path(v.location.module for v in group)
+    return SavedRow(len(group), sum(v.bytes for v in group), group[0], modules, tuple(group))
 
 
 def unfolded(values: Sequence[SavedValue]) -> list[SavedRow]:
     """A row for every value, largest first."""
-    rows = [SavedRow(1, v.bytes, v, v.location.module) for v in values]
-    return sorted(rows, key=lambda r: -r.bytes)
+    return sorted((_row([v]) for v in values), key=lambda r: -r.bytes)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+ENDINGS = (".py", ".jinja", ".css", ".js")
 REAL = {"passes": "gtrans/passes", "backends": "gtrans/backends"}  # folder -> where it installs
 
 pytestmark = pytest.mark.skipif(
@@ -29,7 +30,8 @@ def files_on_disk() -> set[str]:
     """What an installed package should hold; the two links are read through the real folders."""
     found = {
         str(p.relative_to(ROOT))
-        for p in (ROOT / "gtrans").rglob("*.py")
+        for ending in ENDINGS
+        for p in (ROOT / "gtrans").rglob(f"*{ending}")
         if p.relative_to(ROOT).parts[1] not in REAL
     }
     for folder, target in REAL.items():

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,20 @@ def remark(text: str) -> None:
 def progress_shown(as_json: bool) -> bool:
     """Whether to draw progress: only for people."""
     return not as_json and sys.stderr.isatty()
+
+
+@contextmanager
+def working(as_json: bool) -> Iterator[Callable[[str], None]]:
+    """A line with what is being done and for how long, for people; call it with each new task."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    shown = progress_shown(as_json)
+    with Progress(
+        *columns, console=console(stderr=True), disable=not shown, transient=True
+    ) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda what: progress.update(task, description=what)
 
 
 def _code(error: GTransError) -> int:

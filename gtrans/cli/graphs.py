@@ -161,7 +161,7 @@ def _point(pipeline: "Pipeline", name: str | None, stage: Stage) -> str | None:
 
 
 def _views(watcher: "Watcher", stage: Stage, point: str | None, *, earlier: bool) -> list[View]:
-    from gtrans.debugging.look import kept
+    from gtrans.seeing.change import kept_lines
 
     views = []
     for captured in watcher.captured:
@@ -173,7 +173,7 @@ def _views(watcher: "Watcher", stage: Stage, point: str | None, *, earlier: bool
             views.append(View(index, None))
         elif stage is Stage.JOINT:
             joint = watcher.joint_at(index, point, earlier=earlier)
-            views.append(View(index, joint.graph, kept(joint)))
+            views.append(View(index, joint.graph, kept_lines(joint)))
         else:
             from gtrans.capture import split
 
@@ -251,7 +251,7 @@ def _drawn(
 
 
 def _change(snapshot: "Snapshot") -> dict[str, Any]:
-    from gtrans.debugging.look import difference
+    from gtrans.seeing.change import unified
 
     stats = snapshot.step.stats
     return {
@@ -259,7 +259,7 @@ def _change(snapshot: "Snapshot") -> dict[str, Any]:
         "matched": stats.matched,
         "rewritten": stats.rewritten,
         "skipped": dict(stats.skipped),
-        "diff": difference(snapshot.step.text, snapshot.before, snapshot.after),
+        "diff": unified(snapshot.before, snapshot.after, snapshot.step.text),
     }
 
 

@@ -54,6 +54,8 @@ app.command("bisect", epilog=checks.BISECT_EXAMPLES)(checks.bisect)
 app.command("run", cls=debug.RunCommand, epilog=debug.RUN_EXAMPLES)(debug.run)
 app.command("reduce", epilog=debug.REDUCE_EXAMPLES)(debug.reduce)
 app.command("repro", epilog=debug.REPRO_EXAMPLES)(debug.repro)
+app.command("report", epilog=reports.REPORT_EXAMPLES)(reports.report)
+app.command("bench", epilog=reports.BENCH_EXAMPLES)(reports.bench)
 app.command("time", epilog=reports.TIME_EXAMPLES)(reports.time_passes)
 app.command("doctor", epilog=catalog.DOCTOR_EXAMPLES)(catalog.doctor)
 

@@ -1,11 +1,12 @@
 """`gtrans explain` and `gtrans time`: what the passes do, and how long they take."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gtrans.cli.console import console, examples, print_json, remark
+from gtrans.cli.console import CHECK_FAILED, console, examples, print_json, remark, working
 from gtrans.cli.options import Request, on_model
 
 if TYPE_CHECKING:
@@ -19,6 +20,14 @@ EXPLAIN_EXAMPLES = examples(
     "gtrans explain model.py:make --memory 40%",
     "gtrans explain model.py:make --passes reversible --missed",
     "gtrans explain model.py:make --passes 'plan{price=1}' --json",
+)
+REPORT_EXAMPLES = examples(
+    "gtrans report model.py:make -o report.html",
+    "gtrans report 'hf:gpt2?n_layer=2&n_embd=64&n_head=4' --memory 60% -o report.html",
+)
+BENCH_EXAMPLES = examples(
+    "gtrans bench model.py:make",
+    "gtrans bench model.py:make --memory 60% --backend eager --rounds 20",
 )
 TIME_EXAMPLES = examples(
     "gtrans time model.py:make", "gtrans time 'hf:gpt2?n_embd=64&n_head=4' --passes plan"
@@ -46,6 +55,86 @@ def explain(
     else:
         _print_explanation(explanation)
     remark(f"captured and rewritten in {seconds:.1f} s; check it: {request.command('verify')}")
+
+
+@on_model
+def report(
+    request: Request,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", help="Where to write the page.")
+    ] = Path("report.html"),
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Compare gradients, which runs four steps.")
+    ] = True,
+) -> None:
+    """Write one page about a step: passes, graphs, memory, gradients, plans.
+
+    A single file that needs no network. The exit code is 1 where a gradient differs by more than
+    the contract of the passes admits.
+    """
+    from gtrans.seeing.page import page_of
+
+    pipeline, loaded = request.pipeline, request.loaded
+    with working(request.as_json) as told:
+        page = page_of(
+            loaded.model,
+            loaded.inputs,
+            loaded.keyword_inputs,
+            pipeline,
+            title=request.model,
+            command=request.command("report"),
+            seed=request.seed,
+            check=check,
+            told=told,
+        )
+        told("writing the page")
+        path = page.save(out)
+    verification, size = page.verification, path.stat().st_size
+    ok = verification is None or verification.ok
+    if request.as_json:
+        value = {"model": request.model, "file": str(path), "bytes": size, "ok": ok}
+        print_json({**value, "seconds": page.seconds})
+    else:
+        size_text = f"{size / 1024:.0f} KiB"
+        remark(f"wrote {path} ({size_text}) in {page.seconds:.1f} s; open it in a browser")
+    if not ok:
+        remark(f"gradients differ; find the rewrite: {request.command('bisect')}")
+        raise typer.Exit(CHECK_FAILED)
+
+
+@on_model
+def bench(
+    request: Request,
+    backend: Annotated[
+        str, typer.Option("--backend", "-b", help="inductor or eager; torch.compile lowers alike.")
+    ] = "inductor",
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", min=1, help="Measured calls of each.")
+    ] = 10,
+) -> None:
+    """Time a step as written, under torch.compile, and with gtrans.
+
+    The three run in turn; time is the median of a call with its quartiles, memory the measured
+    peak of a step above what was allocated before it.
+    """
+    from gtrans.bench import bench
+
+    pipeline, loaded = request.pipeline, request.loaded
+    with working(request.as_json) as told:
+        found = bench(
+            loaded.model,
+            loaded.inputs,
+            loaded.keyword_inputs,
+            pipeline,
+            backend=backend,
+            rounds=rounds,
+            told=told,
+        )
+    if request.as_json:
+        print_json({"model": request.model, "pipeline": str(pipeline), **found.to_dict()})
+        return
+    console().print(str(found), soft_wrap=True)
+    remark(f"forward and backward, backend {backend}; predicted: {request.command('timeline')}")
 
 
 @on_model

@@ -15,6 +15,7 @@ from gtrans.errors import OptionError
 from gtrans.ir.sizes import human
 
 if TYPE_CHECKING:
+    from gtrans.seeing.alternatives import Alternative, Alternatives
     from gtrans.seeing.timeline import Part, Timeline
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -31,7 +32,10 @@ _STYLE = """
 .timeline .before { fill: #9ca3af; fill-opacity: .35; stroke: #9ca3af }
 .timeline .after { fill: #2563eb; fill-opacity: .35; stroke: #2563eb }
 .timeline .grid { stroke: #9ca3af; stroke-opacity: .35 } .timeline .budget { stroke: #d97706;
-stroke-dasharray: 6 4 } .timeline .peak { fill: none; stroke: #dc2626; stroke-width: 2 }
+stroke-dasharray: 6 4 } .timeline .front { fill: none; stroke: #2563eb; stroke-opacity: .5 }
+.timeline .plan { fill: var(--page, #ffffff); stroke: #2563eb; stroke-width: 2 }
+.timeline .chosen { fill: #dc2626; stroke: #dc2626 }
+.timeline .peak { fill: none; stroke: #dc2626; stroke-width: 2 }
 """
 _DARK = (
     "@media (prefers-color-scheme: dark) { .timeline "
@@ -226,6 +230,61 @@ def _short(text: str, most: int) -> str:
 
 def _text(x: float, y: float, text: str, style: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{style}">{escape(text)}</text>'
+
+
+def chart_data(timeline: "Timeline") -> dict[str, Any]:
+    """What a script needs to read values off `timeline_svg`: places and bytes of each part."""
+    spans = spread(timeline.parts, _WIDTH - _LEFT - 16)
+    parts = []
+    for part, (start, end) in zip(timeline.parts, spans, strict=True):
+        columns = min(_MOST_POINTS // 3, part.width)
+        before, after = resampled(part.before, columns), resampled(part.after, columns)
+        parts.append(
+            {
+                "half": part.half,
+                "graph": part.graph,
+                "start": round(_LEFT + start, 1),
+                "end": round(_LEFT + end, 1),
+                "before": before,
+                "after": after,
+            }
+        )
+    return {"top": _TOP, "bottom": _TOP + _HEIGHT, "width": _WIDTH, "parts": parts}
+
+
+def plan_svg(plans: "Alternatives") -> str:
+    """Peak memory over predicted time of the plans of a graph; the chosen one is filled."""
+    every = [*plans.others, plans.chosen]
+    fastest = min(p.seconds for p in every) or 1e-9
+    slowest = max(p.seconds for p in every) / fastest
+    top = 1.1 * max(p.peak for p in every)
+    width, height, left = 640, 260, 84
+
+    def place(plan: "Alternative") -> tuple[float, float]:
+        along = (plan.seconds / fastest - 1) / max(slowest - 1, 1e-9)
+        return left + 20 + (width - left - 60) * along, 20 + height * (1 - plan.peak / top)
+
+    out = [
+        f'<svg class="timeline" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} '
+        f'{height + 60}" role="img" aria-label="peak memory over predicted time">'
+    ]
+    for quarter in range(5):
+        y = 20 + height * (1 - quarter / 4 / 1.1)
+        out.append(f'<path class="grid" d="M{left} {y:.1f} H{width - 16}"/>')
+        out.append(_text(4, y + 4, human(top / 1.1 * quarter / 4), "dim"))
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(map(place, plans.others)))
+    out.append(f'<polyline class="front" points="{line}"/>')
+    for plan in every:
+        x, y = place(plan)
+        style = "chosen" if plan is plans.chosen else "plan"
+        about = f"{plan.label}: {human(plan.peak)}, time x{plan.seconds / fastest:.3f}"
+        out.append(
+            f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="5">'
+            f"<title>{escape(about)}</title></circle>"
+        )
+    out.append(_text(left + 20, height + 44, "time x1", "dim"))
+    out.append(_text(width - 96, height + 44, f"x{slowest:.2f}", "dim"))
+    return "\n".join([*out, "</svg>"])
 
 
 # ---------------------------------------------------------------------------- png
