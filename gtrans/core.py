@@ -18,6 +18,7 @@ from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.program import Program
 from gtrans.ir.source import Location, location
+from gtrans.listing import Listing, Shown
 
 
 class Knob(Enum):
@@ -55,8 +56,8 @@ class Refusal:
     location: Location
 
 
-@dataclass
-class Stats:
+@dataclass(repr=False)
+class Stats(Shown):
     """What a pass did: "matched 0" must be visible, and so must every reason for not rewriting.
 
     Attributes:
@@ -91,6 +92,16 @@ class Stats:
         for reason, count in self.skipped.items():
             text += f"; skipped {count}: {reason}"
         return text
+
+    def headline(self) -> str:
+        """The counts."""
+        return f"matched {self.matched}, rewrote {self.rewritten}"
+
+    def shown(self) -> list[str | Listing]:
+        """The counts, the reasons for not rewriting, and the remarks."""
+        rows = [(str(count), reason) for reason, count in self.skipped.items()]
+        reasons: list[str | Listing] = [Listing((">sites", "why not"), rows)] if rows else []
+        return [self.headline(), *reasons, *self.notes]
 
 
 GraphT = TypeVar("GraphT", JointGraph, ForwardGraph, Program)

@@ -10,10 +10,12 @@ from gtrans.analysis.schedule import schedule_of
 from gtrans.contract import Contract, compose_all
 from gtrans.ir.sizes import human
 from gtrans.ir.source import common_path
+from gtrans.listing import Listing, Shown
 from gtrans.pipeline import Pipeline, Step
 from gtrans.plan.budget import plain_liveness
 from gtrans.plan.planner import Plan
 from gtrans.plan.saved import SavedValue
+from gtrans.seeing.listings import passes_listing, saved_listing
 from gtrans.seeing.missed import MissedRow, missed_rows
 from gtrans.seeing.timeline import Timeline, timeline_of
 
@@ -72,8 +74,8 @@ class GraphMemory:
     held_after: int
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, repr=False)
+class Explanation(Shown):
     """What a pipeline does to the captured graphs of one model. Printing it gives a page."""
 
     pipeline: Pipeline
@@ -181,6 +183,20 @@ class Explanation:
 
     def __str__(self) -> str:
         return "\n".join([*self._summary(), "", *self._passes(), "", *self._table()])
+
+    def headline(self) -> str:
+        """Graphs, and what is kept before and after."""
+        before, after = human(self.saved_bytes_before), human(self.saved_bytes)
+        return f"{len(self.captured)} graphs, saved for the backward {before} -> {after}"
+
+    def shown(self) -> list[str | Listing]:
+        """A summary, the passes, and what is kept."""
+        summary = "\n".join(self._summary()) + "\n"
+        return [summary, passes_listing(self.steps()), "", saved_listing(self.saved)]
+
+    def _repr_html_(self) -> str:
+        picture = self.timeline().svg() if self.one_step() else ""
+        return super()._repr_html_() + picture
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for `--json`."""

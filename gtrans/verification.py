@@ -23,11 +23,14 @@ from gtrans.contract import Contract
 from gtrans.errors import BudgetError, ModelError, VerifyError
 from gtrans.explanation import Explanation
 from gtrans.ir.half import Backend
+from gtrans.listing import Listing, Shown
 from gtrans.pipeline import Gate, Pipeline
 
+_MOST_ROWS = 10  # of the comparisons that are printed
 
-@dataclass(frozen=True)
-class Verification:
+
+@dataclass(frozen=True, repr=False)
+class Verification(Shown):
     """The result of `verify`. Printing it gives a table."""
 
     contract: Contract
@@ -60,23 +63,50 @@ class Verification:
         return self
 
     def __str__(self) -> str:
-        wrong = [c for c in self.comparisons if not c.ok]
-        shown = sorted(wrong or self.comparisons, key=lambda c: -c.relative)[:10]
-        verdict = (
-            f"{len(wrong)} of {len(self.comparisons)} tensors differ by more than the contract"
-            if wrong
-            else f"all {len(self.comparisons)} tensors agree within the contract"
-        )
-        lines = [f"{verdict} ({self.contract})", *self.notes]
+        lines = [self.headline(), *self.notes]
         lines.append(f"  {'':40} {'dtype':>9} {'relative':>9} {'largest':>9} {'bound':>9}")
-        for c in shown:
+        for c in self._worst_first():
             lines.append(
                 f"  {c.kind + ' ' + c.name:40} {str(c.dtype)[6:]:>9} {c.relative:9.1e} "
                 f"{c.largest:9.1e} {c.bound:9.1e}{'' if c.ok else '  <-- differs'}"
             )
-        if len(self.comparisons) > len(shown):
-            lines.append(f"  ... {len(self.comparisons) - len(shown)} more")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._rest()])
+
+    def headline(self) -> str:
+        """The verdict and the contract."""
+        wrong, count = sum(not c.ok for c in self.comparisons), len(self.comparisons)
+        verdict = (
+            f"{wrong} of {count} tensors differ by more than the contract"
+            if wrong
+            else f"all {count} tensors agree within the contract"
+        )
+        return f"{verdict} ({self.contract})"
+
+    def shown(self) -> list[str | Listing]:
+        """The verdict, the notes, and the comparisons that matter most."""
+        rows = [
+            (
+                c.kind,
+                c.name,
+                str(c.dtype)[6:],
+                f"{c.relative:.1e}",
+                f"{c.largest:.1e}",
+                f"{c.bound:.1e}",
+                "ok" if c.ok else "differs",
+            )
+            for c in self._worst_first()
+        ]
+        columns = ("", "tensor", "dtype", ">relative", ">largest", ">bound", "verdict")
+        return [self.headline(), *self.notes, Listing(columns, rows), *self._rest()]
+
+    def _worst_first(self) -> list[Comparison]:
+        wrong = [c for c in self.comparisons if not c.ok]
+        return sorted(wrong or self.comparisons, key=lambda c: -c.relative)[:_MOST_ROWS]
+
+    def _rest(self) -> list[str]:
+        wrong = [c for c in self.comparisons if not c.ok]
+        rest = len(wrong or self.comparisons) - _MOST_ROWS
+        return [f"  ... {rest} more"] if rest > 0 else []
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for `--json`."""

@@ -14,6 +14,7 @@ PACKAGE = Path(str(gtrans.__file__)).parent
 # A module may import modules of a lower number, and of its own where that is not forbidden below.
 LAYERS = {
     "gtrans.errors": 0,
+    "gtrans.listing": 1,
     "gtrans.memory": 1,
     "gtrans.ir": 1,
     "gtrans.contract": 2,

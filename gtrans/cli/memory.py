@@ -7,7 +7,6 @@ import typer
 
 from gtrans.cli.console import console, examples, print_json, remark
 from gtrans.cli.options import Request, on_model
-from gtrans.cli.reports import saved_table
 
 if TYPE_CHECKING:
     from gtrans.explanation import Explanation
@@ -37,6 +36,7 @@ def saved(
     again, and the operators of the backward that read it. Equal layers are one line.
     """
     from gtrans.explanation import unfolded
+    from gtrans.seeing.listings import saved_listing
 
     explanation, seconds = request.explained()
     rows = unfolded(explanation.values) if each else explanation.saved
@@ -52,7 +52,7 @@ def saved(
         )
         return
     out = console()
-    out.print(saved_table(rows))
+    out.print(saved_listing(rows))
     out.print(_total(explanation))
     remark(f"captured in {seconds:.1f} s; what is alive at the peak: {request.command('why-peak')}")
 

@@ -1,6 +1,5 @@
 """`gtrans explain` and `gtrans time`: what the passes do, and how long they take."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,9 +9,7 @@ from gtrans.cli.console import CHECK_FAILED, console, examples, print_json, rema
 from gtrans.cli.options import Request, on_model
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from gtrans.explanation import Explanation, SavedRow
+    from gtrans.explanation import Explanation
 
 EXPLAIN_EXAMPLES = examples(
     "gtrans explain model.py:make",
@@ -53,7 +50,7 @@ def explain(
     if missed:
         _print_missed(explanation)
     else:
-        _print_explanation(explanation)
+        console().print(explanation)
     remark(f"captured and rewritten in {seconds:.1f} s; check it: {request.command('verify')}")
 
 
@@ -208,78 +205,13 @@ def _print_times(value: dict[str, Any]) -> None:
     )
 
 
-def _print_explanation(explanation: "Explanation") -> None:
-    from rich.table import Table
-
-    from gtrans.ir.sizes import human
-
-    out = console()
-    before, after = explanation.saved_bytes_before, explanation.saved_bytes
-    share = f" ({after / before - 1:+.0%})" if before else ""
-    budget = explanation.budget
-    peak = f"{human(explanation.plain_peak)} as autograd would -> {human(explanation.peak)}"
-    within = "" if budget is None else f", budget {human(budget)}"
-    graphs = len(explanation.captured)
-    breaks = f" ({graphs - 1} graph breaks)" if graphs > 1 else ""
-    out.print(f"pipeline  {explanation.pipeline}", soft_wrap=True)
-    out.print(f"contract  {explanation.contract}")
-    out.print(f"graphs    {graphs}, {len(explanation.training)} with a backward{breaks}")
-    out.print(f"saved     {human(before)} as autograd would -> {human(after)}{share}")
-    out.print(f"peak      {peak} predicted{within}\n")
-    table = Table(box=None, pad_edge=False)
-    for column in ("graph", "pass", "matched", "rewrote", "why not, and what else"):
-        table.add_column(column, justify="right" if column in ("matched", "rewrote") else "left")
-    for index, step in explanation.steps():
-        reasons = [f"{n} x {reason}" for reason, n in step.stats.skipped.items()]
-        remarks = "\n".join([*reasons, *step.stats.notes])
-        stats = step.stats
-        table.add_row(str(index), step.text, str(stats.matched), str(stats.rewritten), remarks)
-    out.print(table)
-    out.print()
-    out.print(saved_table(explanation.saved))
-
-
 def _print_missed(explanation: "Explanation") -> None:
-    from rich.table import Table
-
     from gtrans.registry import pass_table
+    from gtrans.seeing.listings import missed_listing
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("pass", "sites", "why not", "modules", "at"):
-        table.add_column(column, justify="right" if column == "sites" else "left", overflow="fold")
-    for row in explanation.missed:
-        at = str(row.location) if row.location.file else ""
-        table.add_row(row.text, str(row.count or ""), row.reason, row.modules, at)
-    out = console()
-    out.print(table)
     ran = {p.name for p in explanation.pipeline.passes}
     others = sorted(set(pass_table()) - ran)
+    out = console()
+    out.print(missed_listing(explanation.missed))
     if others:
         out.print(f"\nnot asked for: {', '.join(others)} (what each does: gtrans passes NAME)")
-
-
-def saved_table(rows: "Sequence[SavedRow]") -> "Table":
-    """What is kept for the backward, as a table for the terminal."""
-    from rich.table import Table
-
-    from gtrans.ir.sizes import human
-
-    kept = Table(box=None, pad_edge=False, title="kept for the backward", title_justify="left")
-    for column in ("bytes", "values", "type", "operator", "modules", "made at", "why", "read by"):
-        right = column in ("bytes", "values")
-        kept.add_column(column, justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        e = row.example
-        if not row.in_memory_anyway:
-            readers = ", ".join(short_operator(r) for r in e.readers)
-            counts = (human(row.bytes), str(row.count))
-            made = (short_operator(e.operator), row.modules, str(e.location))
-            if e.kind == "input":
-                made = ("input", e.name, "")
-            kept.add_row(*counts, e.shape, *made, e.why, readers)
-    return kept
-
-
-def short_operator(name: str) -> str:
-    """An operator without its namespace and overload: ``aten.addmm.default`` is ``addmm``."""
-    return name.split(".")[-2] if name.count(".") > 1 else name

@@ -61,6 +61,11 @@ def target_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
+def short_operator(name: str) -> str:
+    """An operator without its namespace and overload: ``aten.addmm.default`` is ``addmm``."""
+    return name.split(".")[-2] if name.count(".") > 1 else name
+
+
 def to_dot(joint: JointGraph, *, title: str = "joint graph") -> str:
     """Prints a joint graph in the dot language: forward left, backward right, residuals between."""
     out = [

@@ -15,7 +15,7 @@ from torch import fx
 
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph, Side, runs_in, tag
-from gtrans.ir.printer import target_name
+from gtrans.ir.printer import short_operator, target_name
 from gtrans.ir.sizes import human, shape_text, tensor_bytes
 from gtrans.ir.source import location
 
@@ -189,8 +189,7 @@ def _short(node: fx.Node) -> str:
     """The operator without its namespace and overload."""
     if node.op == "placeholder":
         return "input"
-    name = target_name(node)
-    return name.split(".")[-2] if name.count(".") > 1 else name
+    return short_operator(target_name(node))
 
 
 # ---------------------------------------------------------------------------- places

@@ -212,7 +212,7 @@ def test_diff_takes_one_pass(run: Run, model_file: str) -> None:
 def test_explain_prints_tables(run: Run, model_file: str) -> None:
     text = run("explain", f"{model_file}:make", "--passes", "relu-mask,plan").stdout
 
-    assert "saved     34.0 KiB as autograd would -> 10.0 KiB (-71%)" in text
+    assert "saved      34.0 KiB as autograd would -> 10.0 KiB (-71%)" in text
     assert "masked_fill" in text
     assert "b8[128, 64]" in text
 
