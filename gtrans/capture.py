@@ -21,6 +21,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import CompileContext, TracingContext
+from torch._logging import trace_structured
 
 from gtrans.contract import Contract, compose_all
 from gtrans.errors import CaptureError, GTransError, OptionError
@@ -29,10 +30,11 @@ from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.half import Backend, Half, Role, Runnable
 from gtrans.ir.joint import Input, JointGraph, Signature, Surroundings
 from gtrans.ir.normal_form import normalise
+from gtrans.ir.printer import to_code
 from gtrans.ir.program import Program
 from gtrans.ir.sizes import numel, tensor_bytes
 from gtrans.ir.source import readable_path
-from gtrans.pipeline import Gate, Observer, OnFailure, Pipeline, Step
+from gtrans.pipeline import Gate, Graph, Observer, OnFailure, Pipeline, Step
 from gtrans.plan.budget import plain_liveness
 from gtrans.plan.cut import read_directly
 from gtrans.plan.planner import Plan
@@ -211,6 +213,7 @@ class _Job:
     num_outputs: int
     static_names: set[str] = field(default_factory=set)
     shared: dict[str, Any] = field(default_factory=dict)
+    traced: int = 0
 
     def partition(
         self, module: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any
@@ -229,15 +232,17 @@ class _Job:
         normalise(joint)
         record.original = joint
         joint.surroundings = self.owner.surroundings(record)
+        self._trace("joint", lambda: to_code(joint.graph))
         rewritten, record.steps = self.owner.pipeline.on(JointGraph).run(
             joint,
             gate=self.owner.gate,
-            observers=self.owner.observers,
+            observers=(*self.owner.observers, self._trace_step),
             skip_failures=self.owner.skip_failures,
             on_failure=self.owner.on_failure,
             index=record.index,
         )
         self.owner._warn(record.steps)
+        self._trace("passes", lambda: "\n".join(f"{s.text}: {s.stats}" for s in record.steps))
         plan = [p for p in self.owner.pipeline.passes if isinstance(p, Plan)][-1]
         if rewritten.cut is None:  # the plan itself failed, or a pass ran after it
             plan = Plan(recompute="none")
@@ -250,6 +255,17 @@ class _Job:
         halves = split(rewritten)
         record.own_seconds += time.perf_counter() - start
         return halves
+
+    def _trace_step(self, step: Step, before: Graph, after: Graph) -> None:
+        if after is not before:
+            self.traced += 1
+            name = f"{self.traced:02}_after_{step.name}"
+            self._trace(name, lambda: to_code(after.graph))
+
+    def _trace(self, name: str, content: Callable[[], str]) -> None:
+        """Hands text to torch's structured trace, if there is one, so that tlparse shows it."""
+        about = {"name": f"gtrans_{self.record.index}_{name}", "encoding": "string"}
+        trace_structured("artifact", metadata_fn=lambda: about, payload_fn=content)
 
     def compiler(self, role: Role) -> Callable[[fx.GraphModule, Sequence[Any]], Runnable]:
         """AOTAutograd's compiler of one half."""

@@ -16,6 +16,7 @@ from gtrans.errors import OptionError, did_you_mean
 if TYPE_CHECKING:
     from torch import fx
 
+    from gtrans.ir.joint import JointGraph
     from gtrans.pipeline import Pipeline
     from gtrans.seeing.watch import Snapshot, Watcher
 
@@ -23,6 +24,7 @@ SHOW_EXAMPLES = examples(
     "gtrans show model.py:make",
     "gtrans show model.py:make --stage joint --before relu-mask",
     "gtrans show 'hf:gpt2?n_layer=2&n_embd=64&n_head=4' --svg gpt2.svg",
+    "gtrans show model.py:make --region blocks.0 --svg block.svg",
 )
 DIFF_EXAMPLES = examples(
     "gtrans diff model.py:make --pass relu-mask",
@@ -67,6 +69,15 @@ def show(
     svg: Annotated[
         Path | None, typer.Option("--svg", metavar="FILE", help="Write it as a picture.")
     ] = None,
+    region: Annotated[
+        str | None,
+        typer.Option(
+            "--region",
+            metavar="NAME",
+            help="Only a module (h.0.mlp, h.*.mlp) or node, as forward, residual and backward.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Print the graphs of a model as code.
 
@@ -77,9 +88,14 @@ def show(
         raise OptionError("--before and --after exclude each other; give one")
     if stage is not Stage.JOINT and (dot or svg):
         raise OptionError("--dot and --svg draw the joint graph; leave --stage out")
+    if region is not None and (dot or stage is not Stage.JOINT):
+        raise OptionError("--region shows a part of the joint graph; leave --stage and --dot out")
     start = time.perf_counter()
     point = _point(request.pipeline, before or after, stage)
     watcher = _watched(request, request.pipeline)
+    if region is not None:
+        _show_region(request, _joints(watcher, point, before is not None), region, svg)
+        return
     views = _views(watcher, stage, point, earlier=before is not None)
     files = _drawn(watcher, point, before is not None, request.model, dot, svg)
     seconds = time.perf_counter() - start
@@ -234,20 +250,44 @@ def _drawn(
     from gtrans.seeing.draw import to_svg
 
     written: list[Path] = []
-    drawable = [c.index for c in watcher.captured if c.rewritten is not None]
-    for index in drawable:
-        joint = watcher.joint_at(index, point, earlier=earlier)
-        label = title if len(drawable) == 1 else f"{title}, graph {index}"
+    joints = _joints(watcher, point, earlier)
+    for index, joint in joints.items():
+        label = title if len(joints) == 1 else f"{title}, graph {index}"
         for path, text in ((dot, to_dot), (svg, to_svg)):
-            if path is None:
-                continue
-            file = path.with_stem(f"{path.stem}-{index}") if len(drawable) > 1 else path
-            try:
-                file.write_text(text(joint, title=label), encoding="utf-8")
-            except OSError as error:
-                raise OptionError(f"cannot write {str(file)!r}: {error.strerror}") from error
-            written.append(file)
+            if path is not None:
+                file = path.with_stem(f"{path.stem}-{index}") if len(joints) > 1 else path
+                written.append(_written(file, text(joint, title=label)))
     return written
+
+
+def _joints(watcher: "Watcher", point: str | None, earlier: bool) -> "dict[int, JointGraph]":
+    """The joint graphs at one point of the pipeline, by number."""
+    drawable = [c.index for c in watcher.captured if c.rewritten is not None]
+    return {index: watcher.joint_at(index, point, earlier=earlier) for index in drawable}
+
+
+def _written(file: Path, text: str) -> Path:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"cannot write {str(file)!r}: {error.strerror}") from error
+    return file
+
+
+def _show_region(
+    request: Request, joints: "dict[int, JointGraph]", name: str, svg: Path | None
+) -> None:
+    """Prints and draws the optic of a region in the first graph that has it."""
+    from gtrans.seeing.optic import first_optic, optic_svg
+
+    optic = first_optic(joints.values(), name)
+    files = [] if svg is None else [str(_written(svg, optic_svg(optic)))]
+    if request.as_json:
+        print_json({"model": request.model, **optic.to_dict(), "files": files})
+        return
+    console().print(str(optic), soft_wrap=True)
+    for file in files:
+        remark(f"wrote {file}")
 
 
 def _change(snapshot: "Snapshot") -> dict[str, Any]:

@@ -104,3 +104,20 @@ def test_timeline_prints_and_writes_pictures(
         "a timeline is drawn as"
         in run("timeline", f"{model_file}:make", "-o", "a.pdf", code=2).stderr
     )
+
+
+def test_show_draws_the_circuit_of_a_region(
+    run: Run, run_json: RunJson, model_file: str, tmp_path: Path
+) -> None:
+    text = run("show", f"{model_file}:make", "--region", "up", "--svg", "a.svg")
+    value = run_json("show", f"{model_file}:make", "--region", "up")
+
+    assert "up: " in text.stdout
+    assert "wrote a.svg" in text.stderr
+    assert (tmp_path / "a.svg").read_text().startswith("<svg")
+    assert value.keys() == {"model", "region", "nodes", "residual_bytes", "wires", "files"}
+    message = "--region shows a part of the joint graph; leave --stage and --dot out"
+    assert (
+        message
+        in run("show", f"{model_file}:make", "--region", "up", "--dot", "a.dot", code=2).stderr
+    )
