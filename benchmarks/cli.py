@@ -37,7 +37,7 @@ def main(quick: bool, device: str) -> int:
         helped = min(_run(["--help"], here)[0] for _ in range(3 if quick else 10))
         table.row("gtrans --help", f"{helped:.3f}", 0)
         slowest, failed = ("", 0.0), []
-        for words in _commands(model, here):
+        for words in commands(model, here):
             seconds, code = _run(words, here)
             label = " ".join("MODEL" if word == model else word for word in words)
             table.row(f"gtrans {label}"[:51], f"{seconds:.1f}", code)
@@ -52,7 +52,7 @@ def main(quick: bool, device: str) -> int:
     return verdict(ok, figure + (f"; failed: {', '.join(failed)}" if failed else ""))
 
 
-def _commands(model: str, folder: Path) -> list[list[str]]:
+def commands(model: str, folder: Path) -> list[list[str]]:
     """Every command of the program with the arguments it cannot do without."""
     program = typer.main.get_command(app)
     found = []

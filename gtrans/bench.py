@@ -166,7 +166,7 @@ def _step(model: nn.Module, arguments: Any) -> Callable[[], None]:
     positional, keywords = arguments
 
     def step() -> None:
-        default_loss(model(*positional, **keywords)).backward()  # type: ignore[no-untyped-call]
+        default_loss(model(*positional, **keywords)).backward()
         model.zero_grad(set_to_none=True)
 
     return step

@@ -21,7 +21,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import CompileContext, TracingContext
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from gtrans.contract import Contract, compose_all
 from gtrans.errors import CaptureError, GTransError, OptionError

@@ -1,6 +1,7 @@
 """Time and memory of a step, as written and rewritten."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import benchmarks.cli
 from gtrans.backends.inductor import Inductor
 from gtrans.bench import Bench, Contender, bench
 from gtrans.cli.main import app
@@ -78,3 +80,12 @@ def test_the_command(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0, result.output
     assert "as written" in result.stdout
     assert "gtrans timeline model.py:make" in result.stderr
+
+
+def test_the_benchmark_of_the_command_line_runs_every_command(tmp_path: Path) -> None:
+    commands = benchmarks.cli.commands("hf:gpt2", tmp_path)
+    assert [words[0] for words in commands] == [str(c.name) for c in app.registered_commands]
+    by_name = {words[0]: words for words in commands}
+    assert by_name["saved"] == ["saved", "hf:gpt2"]
+    assert by_name["doctor"] == ["doctor"]
+    assert by_name["diff"] == ["diff", "hf:gpt2", "--pass", "plan"]
