@@ -33,14 +33,12 @@ tabs.forEach((tab, at) => {
 if (tabs.length) select(one('[role="tab"][aria-selected="true"]') || tabs[0], false);
 
 // Tables: a folded row opens the rows of its layers; the filter looks into folded rows, too.
-function open(button, expanded) {
+document.addEventListener("click", (event) => {
+  const button = event.target.closest(".fold");
+  if (!button) return;
+  const expanded = button.closest("tbody").classList.toggle("open");
   button.setAttribute("aria-expanded", String(expanded));
-  for (const row of all(".members", button.closest("tbody"))) row.hidden = !expanded;
-}
-for (const button of all(".fold")) {
-  open(button, false);
-  button.addEventListener("click", () => open(button, button.getAttribute("aria-expanded") !== "true"));
-}
+});
 for (const input of all("input[data-filters]")) {
   input.addEventListener("input", () => {
     const wanted = input.value.toLowerCase();

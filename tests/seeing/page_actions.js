@@ -20,7 +20,7 @@ const filter = document.querySelector('[data-filters="gradient-table"]');
 filter.value = "blocks.*.2.bias"; filter.dispatchEvent(new Event("input"));
 seen.push(`rows ${document.querySelector("#gradient-table-count").textContent}`);
 const fold = document.querySelector("#saved-table .fold");
-const members = () => [...fold.closest("tbody").querySelectorAll(".members")].filter((r) => !r.hidden).length;
+const members = () => [...fold.closest("tbody").querySelectorAll(".members")].filter((r) => getComputedStyle(r).display !== "none").length;
 const folded = members(); fold.click(); seen.push(`fold ${folded} ${members() > 1}`);
 document.activeElement.blur(); const before = getComputedStyle(document.body).backgroundColor;
 document.activeElement.blur(); key(document.body, "t"); seen.push(`theme ${before !== getComputedStyle(document.body).backgroundColor}`);
