@@ -154,7 +154,7 @@ class Page:
         groups: dict[str, list[Comparison]] = {}
         for c in self.verification.comparisons:
             if c.kind == "gradient":
-                groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", c.name), []).append(c)
+                groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", c.name, count=1), []).append(c)
         found = [GradientGroup(pattern, tuple(group)) for pattern, group in groups.items()]
         return sorted(found, key=lambda g: (g.worst.ok, -g.worst.relative))
 
