@@ -12,11 +12,12 @@ from torch import nn
 from gtrans.analysis.measure import interleaved_seconds, measured_peak, paired_ratio
 from gtrans.api import install, require_trainable
 from gtrans.capture import Compiler, Resident, capture_always
+from gtrans.comparison import default_loss
 from gtrans.errors import GTransError, ModelError, OptionError
 from gtrans.ir.sizes import human
 from gtrans.pipeline import Pipeline
 from gtrans.registry import load_backend
-from gtrans.verification import default_loss, in_dtype, private_copy
+from gtrans.verification import in_dtype, private_copy
 
 # What torch.compile is asked for beside each backend of gtrans: the same lowering.
 _PEERS = {"inductor": "inductor", "eager": "aot_eager"}

@@ -1,7 +1,7 @@
 """Compare a rewritten training step with the untouched model, gradient by gradient."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -187,11 +187,13 @@ def compare(
     gate: Gate | None = None,
     dtypes: Sequence[torch.dtype | None] = (torch.float64, None),
     until_wrong: bool = False,
+    make: Callable[..., Compiler] = Compiler,
 ) -> Verification:
     """`verify` with a ready pipeline, a choice of rewrites, and dtypes (None: the model's own).
 
     Args:
         until_wrong: leave out further dtypes once one shows a difference.
+        make: makes the compiler of each dtype, so that one can look at what it captures.
     """
     require_trainable(model)
     comparisons: list[Comparison] = []
@@ -201,7 +203,7 @@ def compare(
         reference = private_copy(model, dtype)
         candidate = private_copy(model, dtype)
         allowed = gate.allowed if gate is not None else None
-        compiler = Compiler(pipeline, backend, skip_failures=False, gate=Gate(allowed))
+        compiler = make(pipeline, backend, skip_failures=False, gate=Gate(allowed))
         compiler.resident = Resident.of(candidate)
         install(candidate, compiler)
         arguments = in_dtype((tuple(inputs), keyword_inputs), dtype)

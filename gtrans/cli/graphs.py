@@ -177,7 +177,7 @@ def _point(pipeline: "Pipeline", name: str | None, stage: Stage) -> str | None:
 
 
 def _views(watcher: "Watcher", stage: Stage, point: str | None, *, earlier: bool) -> list[View]:
-    from gtrans.seeing.change import kept_lines
+    from gtrans.seeing.change import kept
 
     views = []
     for captured in watcher.captured:
@@ -189,7 +189,7 @@ def _views(watcher: "Watcher", stage: Stage, point: str | None, *, earlier: bool
             views.append(View(index, None))
         elif stage is Stage.JOINT:
             joint = watcher.joint_at(index, point, earlier=earlier)
-            views.append(View(index, joint.graph, kept_lines(joint)))
+            views.append(View(index, joint.graph, kept(joint)))
         else:
             from gtrans.capture import split
 
@@ -291,7 +291,7 @@ def _show_region(
 
 
 def _change(snapshot: "Snapshot") -> dict[str, Any]:
-    from gtrans.seeing.change import unified
+    from gtrans.seeing.change import difference
 
     stats = snapshot.step.stats
     return {
@@ -299,7 +299,7 @@ def _change(snapshot: "Snapshot") -> dict[str, Any]:
         "matched": stats.matched,
         "rewritten": stats.rewritten,
         "skipped": dict(stats.skipped),
-        "diff": unified(snapshot.before, snapshot.after, snapshot.step.text),
+        "diff": difference(snapshot.step.text, snapshot.before, snapshot.after),
     }
 
 

@@ -5,7 +5,6 @@ inside a training script (`GTRANS_PRINT_CHANGED=diff python train.py`). They bel
 nothing is configured globally.
 """
 
-import difflib
 import html
 import os
 import sys
@@ -27,13 +26,13 @@ from gtrans.errors import GTransError, OptionError, VerifyError, did_you_mean
 from gtrans.ir.check import check_forward, check_joint
 from gtrans.ir.forward import ForwardGraph, value
 from gtrans.ir.joint import JointGraph
-from gtrans.ir.printer import to_code
 from gtrans.ir.program import Program
 from gtrans.ir.sizes import shape_text
 from gtrans.ir.source import location
 from gtrans.pipeline import Gate, Graph, Observer, Pipeline, Step, Window
 from gtrans.plan.planner import Plan
 from gtrans.registry import pass_table
+from gtrans.seeing.change import difference, graph_lines, kept
 
 PREFIX = "GTRANS_"
 
@@ -159,31 +158,6 @@ def to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def kept(graph: Graph) -> list[str]:
-    """What the plan keeps for the backward: one line a value."""
-    if not isinstance(graph, JointGraph) or graph.cut is None:
-        return []
-    lines = []
-    for node in graph.cut:
-        info = graph.input_of(node) if node in graph.primals else None
-        if info is None or info.kind not in ("parameter", "buffer"):
-            lines.append(f"{node.name}  # {shape_text(node.meta.get('val'))}")
-    return lines
-
-
-def difference(name: str, before: Graph, after: Graph) -> str:
-    """What a pass changed, as a unified diff; empty where nothing changed."""
-    lines = difflib.unified_diff(
-        _lines(before), _lines(after), f"before {name}", f"after {name}", lineterm=""
-    )
-    return "\n".join(lines)
-
-
-def _lines(graph: Graph) -> list[str]:
-    code = to_code(graph.graph, lines=False).splitlines()
-    return [*code, *(f"keep {line}" for line in kept(graph))]
-
-
 # ---------------------------------------------------------------------- options
 
 
@@ -242,7 +216,7 @@ class _Printer:
         wanted = self.look.print_changed
         changed = difference(step.text, before, after) if wanted else ""
         if self.look.print_after_all or (changed and wanted in ("full", "quiet")):
-            self.say("\n".join(_lines(after)))
+            self.say("\n".join(graph_lines(after)))
         elif changed and wanted == "diff":
             self.say(changed)
         elif not changed and wanted == "full":
@@ -379,7 +353,7 @@ class _Dumper:
         try:
             text = write(case, "\n".join([title, *notes]))
         except GTransError as error:
-            text = f"# {error}\n" + "\n".join(f"# {line}" for line in _lines(graph)) + "\n"
+            text = f"# {error}\n" + "\n".join(f"# {line}" for line in graph_lines(graph)) + "\n"
         self._file(f"{name}.py", text)
         self.rows.append((name, title))
         return name

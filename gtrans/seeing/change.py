@@ -29,10 +29,10 @@ class Hunk:
 def graph_lines(graph: Graph) -> list[str]:
     """A graph as lines to compare: one a node, and one for each value that is kept."""
     code = to_code(graph.graph, lines=False).splitlines()
-    return [*code, *(f"keep {line}" for line in kept_lines(graph))]
+    return [*code, *(f"keep {line}" for line in kept(graph))]
 
 
-def kept_lines(graph: Graph) -> list[str]:
+def kept(graph: Graph) -> list[str]:
     """What the plan keeps for the backward, besides parameters and buffers: one line a value."""
     if not isinstance(graph, JointGraph) or graph.cut is None:
         return []
@@ -44,8 +44,8 @@ def kept_lines(graph: Graph) -> list[str]:
     return lines
 
 
-def unified(before: Graph, after: Graph, name: str) -> str:
-    """The change as a unified diff; "" where there is none."""
+def difference(name: str, before: Graph, after: Graph) -> str:
+    """What a pass changed, as a unified diff; empty where nothing changed."""
     lines = difflib.unified_diff(
         graph_lines(before), graph_lines(after), f"before {name}", f"after {name}", lineterm=""
     )

@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import nn
 
 import gtrans
+from gtrans.comparison import Comparison
 from gtrans.errors import OptionError
 from gtrans.explanation import Explanation, unfolded
 from gtrans.ir.joint import JointGraph
@@ -29,7 +30,7 @@ from gtrans.seeing.change import Hunk, graph_lines, hunks
 from gtrans.seeing.charts import chart_data, plan_svg, timeline_svg
 from gtrans.seeing.missed import MissedRow
 from gtrans.seeing.watch import Snapshot, Watcher, watched
-from gtrans.verification import Comparison, Verification, compare
+from gtrans.verification import Verification, compare
 
 _MOST_HUNKS = 60
 
@@ -196,13 +197,14 @@ def page_of(
         GTransError: a pass failed.
     """
     start = time.perf_counter()
-    told("capturing the model")
-    watcher = watched(model, inputs, keyword_inputs, pipeline)
-    explanation = Explanation(watcher.pipeline, watcher.captured)
     verification = None
     if check:
         told("comparing gradients with the untouched model")
-        verification = compare(model, inputs, keyword_inputs, pipeline, seed=seed)
+        verification, watcher = _compared(model, inputs, keyword_inputs, pipeline, seed)
+    else:
+        told("capturing the model")
+        watcher = watched(model, inputs, keyword_inputs, pipeline)
+    explanation = Explanation(watcher.pipeline, watcher.captured)
     told("looking for other plans")
     plans = tuple(_plans(watcher))
     told("comparing graphs before and after each pass")
@@ -210,6 +212,24 @@ def page_of(
     name = title or type(model).__name__
     seconds = time.perf_counter() - start
     return Page(name, command, explanation, passes, verification, plans, seconds)
+
+
+def _compared(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    keyword_inputs: dict[str, Any],
+    pipeline: Pipeline,
+    seed: int,
+) -> tuple[Verification, Watcher]:
+    """The comparison, and what was captured for its last part, in the model's own dtype."""
+    watchers: list[Watcher] = []
+
+    def make(*arguments: Any, **options: Any) -> Watcher:
+        watchers.append(Watcher(*arguments, **options))
+        return watchers[-1]
+
+    verification = compare(model, inputs, keyword_inputs, pipeline, seed=seed, make=make)
+    return verification, watchers[-1]
 
 
 def _passes(watcher: Watcher, explanation: Explanation) -> list[PassView]:
