@@ -124,8 +124,7 @@ def optic_of(joint: JointGraph, name: str) -> Optic:
     read_forward = _outside(joint, forward, inside)
     read_backward = _outside(joint, backward, set(backward))
     results = {g for g in joint.gradients if g is not None}
-    made = [n for n in backward if n in results or _read_elsewhere(n, inside)]
-    gradients = [n for n in made if n in results and not _read_elsewhere(n, inside)]
+    returned = {o for o in joint.forward_outputs if isinstance(o, fx.Node)}
     return Optic(
         name=name,
         forward=tuple(forward),
@@ -134,15 +133,15 @@ def optic_of(joint: JointGraph, name: str) -> Optic:
         parameters=tuple(
             sorted({n for n in (*read_forward, *read_backward) if n in fixed and _is_tensor(n)})
         ),
-        y=tuple(n for n in forward if _read_elsewhere(n, inside, Side.FORWARD)),
+        y=tuple(n for n in forward if n in returned or _read_elsewhere(n, inside, Side.FORWARD)),
         r=tuple(
             n
             for n in read_backward
             if runs_in(n) is Side.FORWARD and n not in fixed and _is_tensor(n)
         ),
         dy=tuple(n for n in read_backward if runs_in(n) is Side.BACKWARD and n not in inside),
-        dx=tuple(n for n in made if n not in gradients),
-        gradients=tuple(gradients),
+        dx=tuple(n for n in backward if _read_elsewhere(n, inside, Side.BACKWARD)),
+        gradients=tuple(n for n in backward if n in results),
     )
 
 
@@ -171,6 +170,10 @@ def _members(joint: JointGraph, name: str) -> tuple[list[fx.Node], list[fx.Node]
         raise OptionError(f"no module or node of this graph is called {name!r}{_near(name, known)}")
     regions = {tag(n).region for n in chosen if tag(n).side is Side.FORWARD} - {None}
     every = {*chosen, *(n for n in calls if tag(n).region in regions)}
+    for node in calls:  # sums of cotangents, and what passes made, belong to no module
+        inputs = [n for n in ops.tensor_inputs(node) if n.op != "placeholder"]
+        if (tag(node).accumulates or tag(node).made_by) and inputs and every.issuperset(inputs):
+            every.add(node)
     members = [n for n in calls if n in every]
     forward = [n for n in members if runs_in(n) is Side.FORWARD]
     return forward, [n for n in members if runs_in(n) is Side.BACKWARD]
@@ -194,11 +197,9 @@ def _outside(joint: JointGraph, nodes: Iterable[fx.Node], inside: set[fx.Node]) 
     return sorted(found)
 
 
-def _read_elsewhere(node: fx.Node, inside: set[fx.Node], side: Side | None = None) -> bool:
-    return any(
-        u not in inside and (side is None or u.op == "output" or runs_in(u) is side)
-        for u in node.users
-    )
+def _read_elsewhere(node: fx.Node, inside: set[fx.Node], side: Side) -> bool:
+    users = [u for u in node.users if u.op != "output"]
+    return any(u not in inside and runs_in(u) is side for u in users)
 
 
 def _is_tensor(node: fx.Node) -> bool:

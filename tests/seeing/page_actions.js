@@ -1,4 +1,5 @@
 // What a reader does with the report; a test runs this in the page and looks at the results.
+{
 const seen = [];
 const key = (target, key) => target.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
 const tabs = [...document.querySelectorAll('[role="tab"]')];
@@ -26,3 +27,4 @@ document.activeElement.blur(); const before = getComputedStyle(document.body).ba
 document.activeElement.blur(); key(document.body, "t"); seen.push(`theme ${before !== getComputedStyle(document.body).backgroundColor}`);
 seen.push(`page ${document.documentElement.scrollWidth <= document.documentElement.clientWidth}`);
 document.body.setAttribute("data-seen", seen.join(";"));
+}

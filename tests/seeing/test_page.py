@@ -133,7 +133,7 @@ def test_without_a_check_there_is_no_gradient_table(tmp_path: Path) -> None:
     ("before", "after", "expected"),
     [
         (["a", "b"], ["a", "b"], []),
-        (["a_1", "x", "x", "a_2"], ["b_1", "x", "x", "b_2"], [("- a_1", "+ b_1", "  x")]),
+        (["a_1", *"xxxx", "a_2"], ["b_1", *"xxxx", "b_2"], [("- a_1", "+ b_1", "  x")]),
     ],
 )
 def test_hunks(before: list[str], after: list[str], expected: list[tuple[str, ...]]) -> None:
