@@ -1,7 +1,6 @@
 """Time and memory of a step, as written and rewritten."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,10 +81,11 @@ def test_the_command(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "gtrans timeline model.py:make" in result.stderr
 
 
-def test_the_benchmark_of_the_command_line_runs_every_command(tmp_path: Path) -> None:
-    commands = benchmarks.cli.commands("hf:gpt2", tmp_path)
+def test_the_benchmark_of_the_command_line_runs_every_command() -> None:
+    commands = benchmarks.cli.commands("hf:gpt2")
     assert [words[0] for words in commands] == [str(c.name) for c in app.registered_commands]
     by_name = {words[0]: words for words in commands}
     assert by_name["saved"] == ["saved", "hf:gpt2"]
     assert by_name["doctor"] == ["doctor"]
+    assert by_name["repro"] == ["repro", "reduced.py"]
     assert by_name["diff"] == ["diff", "hf:gpt2", "--pass", "plan"]

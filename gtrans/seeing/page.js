@@ -42,12 +42,13 @@ document.addEventListener("click", (event) => {
 for (const input of all("input[data-filters]")) {
   input.addEventListener("input", () => {
     const wanted = input.value.toLowerCase();
+    const bodies = all("tbody", one("#" + input.dataset.filters));
     let shown = 0;
-    for (const body of all("tbody", one("#" + input.dataset.filters))) {
+    for (const body of bodies) {
       body.hidden = !body.textContent.toLowerCase().includes(wanted);
       shown += body.hidden ? 0 : 1;
     }
-    one("#" + input.dataset.filters + "-count").textContent = wanted ? shown + " rows match" : "";
+    one("#" + input.dataset.filters + "-count").textContent = wanted ? `${shown} of ${bodies.length} rows` : "";
   });
 }
 

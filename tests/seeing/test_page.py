@@ -186,7 +186,7 @@ def test_it_can_be_used_by_keyboard_on_a_desk_and_on_a_phone(
         "stops 1",
         "memory forward of graph 0 | backward of graph 0",
         "filter search",
-        "rows 1 rows match",
+        "rows 1 of 4 rows",
         "fold 0 true",
         "theme true",
         "page true",  # nothing makes the page itself scroll sideways
