@@ -37,7 +37,7 @@ class Deep(nn.Module):
 
 @pytest.fixture(scope="module")
 def timeline() -> Timeline:
-    return gtrans.explain(Deep(), torch.randn(256, 16), memory=0.8).timeline()
+    return gtrans.explain(Deep(), torch.randn(256, 16), memory=0.9).timeline()
 
 
 class Broken(nn.Module):
