@@ -10,6 +10,7 @@ PASSES: dict[str, str] = {
     "cut": "gtrans.passes.wire.cut:Cut",
     "reversible": "gtrans.passes.residual.reversible:Reversible",
     "few-bit": "gtrans.passes.residual.few_bit:FewBit",
+    "compress": "gtrans.passes.residual.compress:Compress",
     "bit-masks": "gtrans.passes.residual.bit_masks:BitMasks",
     "hoist-recurrent-wgrad": "gtrans.passes.rule.hoist_recurrent_wgrad:HoistRecurrentWgrad",
     "highway-bp": "gtrans.passes.wire.highway_bp:HighwayBP",

@@ -24,6 +24,7 @@ from gtrans.runtime.tap import TAP
 
 aten = torch.ops.aten
 
+NOT_KEPT = "only the backward computes it"
 NOTHING_SAVED = "the plan would keep no fewer bytes"
 
 # To choose by bytes alone, recomputation is next to free: otherwise a long activation would look
@@ -108,12 +109,15 @@ def keep_what_pays(
     values = {c.site: _unmarked(twin[c.value]) for c in candidates}
     erase_taps(trial)
     trial.eliminate_dead_code()
-    wanted = [(values[c.site], c.bytes) for c in candidates]
+    left = set(trial.nodes)  # what only the backward computed is gone
+    wanted = [(values[c.site], c.bytes) for c in candidates if values[c.site] in left]
     plan = Plan(price=_PRICE)
     kept, forgone = cut_with_substitutes(trial, lambda n: plan.cost(trial, n), wanted)
     verdict = Verdict([c.site for c in candidates if values[c.site] in forgone])
     for c in candidates:
-        if values[c.site] not in forgone:
+        if values[c.site] not in left:
+            verdict.refused[c.site] = NOT_KEPT
+        elif values[c.site] not in forgone:
             verdict.refused[c.site] = _reason(trial, kept, values[c.site])
     _check(joint, verdict, rewrite)
     return verdict

@@ -1,0 +1,174 @@
+"""Keep a forward value as codes, and let the backward read what they decode to.
+
+    v                                         v
+                                              parts = encode(v)              # saved
+    dw = f(dy, view(v))                -->    dw    = f(dy, view(decode(parts)))
+
+The input of a norm has two independent sets of codes, one for each factor of the norm's gradient,
+and what else reads the norm's output reads it made of the first.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import fx
+
+from gtrans.analysis.linear_uses import NormUse, Role, Use, norm_use, uses_of
+from gtrans.ir import ops
+from gtrans.ir.joint import JointGraph
+from gtrans.ir.sizes import numel
+from gtrans.rewrite.late import seed_of, splice_late
+from gtrans.runtime.noise import salt_of
+from gtrans.runtime.norm_gradient import NormShape, gradients, normalised, output
+from gtrans.runtime.quantise import Grid, decode, encode
+
+# With so many terms, the noise of a mean over them is small however coarse the codes are.
+_MANY_TERMS = 4096
+
+
+@dataclass(frozen=True)
+class CodedValue:
+    """A forward value, its readers that can do with codes, and the codes.
+
+    Attributes:
+        value: allocates what it is stored in.
+        uses: readers of the value that are affine in it, or read its sign.
+        norms: norms whose input it is.
+        image_uses: readers of those norms' outputs, affine in them.
+        grid: of the codes.
+        second: of the second copy, for norms.
+    """
+
+    value: fx.Node
+    uses: tuple[Use, ...]
+    norms: tuple[NormUse, ...]
+    image_uses: tuple[tuple[NormUse, Use], ...]
+    grid: Grid
+    second: Grid | None
+
+    @property
+    def bytes(self) -> float:
+        """What is kept in place of the value."""
+        count = numel(self.value.meta["val"])
+        return self.grid.bytes(count) + (self.second.bytes(count) if self.second else 0.0)
+
+    @property
+    def readers(self) -> list[fx.Node]:
+        """The backward nodes that read codes."""
+        found = [u.reader for u in self.uses] + [n.backward for n in self.norms]
+        return sorted(dict.fromkeys(found + [u.reader for _, u in self.image_uses]))
+
+    @property
+    def noisy_readers(self) -> list[fx.Node]:
+        """Those to which codes are more than a sign, which is exact."""
+        exact = {u.reader for u in self.uses if u.role is Role.SIGN}
+        return [r for r in self.readers if r not in exact]
+
+    def let_go(self, trial: JointGraph, twin: Any) -> None:
+        """Cuts the edges from the value to its readers, in a copy of the graph that never runs."""
+        edges = [(u.reader, u.operand) for u in (*self.uses, *(u for _, u in self.image_uses))]
+        edges += [(n.backward, n.x) for n in self.norms]
+        for reader, operand in edges:
+            reader, operand = twin(reader), twin(operand)
+            if operand in reader.all_input_nodes:
+                stand_in = next(n for n in reader.all_input_nodes if trial.is_backward(n))
+                reader.replace_input_with(operand, stand_in)
+        trial.cut = None
+
+    def rewrite(self, graph: JointGraph) -> None:
+        """Inserts the codes, and lets the readers read what they decode to."""
+        readers = self.readers
+        first = self._decoded(graph, self.grid, readers[0], "first")
+        for use in self.uses:
+            _reread(graph, use, self.value, first)
+        for norm, use in self.image_uses:
+            y = _image(graph, norm, first, use.reader)
+            assert norm.y is not None
+            _reread(graph, use, norm.y, y)
+        for norm in self.norms:
+            assert self.second is not None
+            second = self._decoded(graph, self.second, norm.backward, norm.backward.name)
+            _replace_norm(graph, norm, first, second)
+
+    def _decoded(self, graph: JointGraph, grid: Grid, anchor: fx.Node, draw: str) -> fx.Node:
+        val = self.value.meta["val"]
+        sources = [self.value]
+        if grid.salt is not None:
+            grid = replace(grid, salt=salt_of(f"{self.value.name} {draw}"))
+            sources.append(seed_of(graph))
+        parts = graph.splice_after(self.value, partial(encode, grid), *sources)
+        shape = [n if isinstance(n, int) else -1 for n in val.shape]
+        (made,) = splice_late(graph, anchor, partial(decode, grid, shape, val.dtype), *parts)
+        return made
+
+
+def coded_value(
+    joint: JointGraph, value: fx.Node, grid: Grid, others: Collection[str] = ()
+) -> CodedValue:
+    """A value with all the readers that codes would do for; there may be none.
+
+    Args:
+        joint: the graph.
+        value: the value.
+        grid: how to code it.
+        others: names of backward nodes that are taken care of in another way, such as those that
+            compute a derivative which has codes of its own.
+    """
+    uses = [u for u in uses_of(joint, value) if u.reader.name not in others]
+    plain = tuple(u for u in uses if u.role in (Role.LINEAR, Role.SIGN))
+    norms = tuple(n for u in uses if u.role is Role.NORM and (n := norm_use(u.reader)) is not None)
+    images: list[tuple[NormUse, Use]] = []
+    for norm in {n.y: n for n in norms if n.y is not None}.values():
+        assert norm.y is not None
+        images += [
+            (norm, u)
+            for u in uses_of(joint, norm.y)
+            if u.role is Role.LINEAR and u.reader.name not in others
+        ]
+    second = None
+    if norms:
+        many = all(isinstance(n.terms, int) and n.terms >= _MANY_TERMS for n in norms)
+        second = replace(grid, bits=1) if many and grid.salt is not None else grid
+    return CodedValue(value, plain, norms, tuple(images), grid, second)
+
+
+def _reread(graph: JointGraph, use: Use, value: fx.Node, decoded: fx.Node) -> None:
+    """Lets a reader read the decoded value, through the same views."""
+    path: list[fx.Node] = []
+    node = use.operand
+    while node is not value:
+        path.append(node)
+        node = node.all_input_nodes[0]
+    made = {value: decoded}
+    for view in reversed(path):
+        args, kwargs = fx.map_arg((view.args, dict(view.kwargs)), lambda n: made.get(n, n))
+        made[view] = graph.repeat_before(use.reader, view, args, kwargs)
+        graph.rebuild_in_backward(made[view])
+    graph.replace_uses(use.operand, made[use.operand], [use.reader])
+
+
+def _image(graph: JointGraph, norm: NormUse, x: fx.Node, anchor: fx.Node) -> fx.Node:
+    assert norm.y is not None
+    function = partial(output, _shape(norm), norm.y.meta["val"].dtype)
+    made = splice_late(graph, anchor, function, x, norm.mean, norm.rstd, norm.weight, norm.bias)
+    return made[0]
+
+
+def _replace_norm(graph: JointGraph, norm: NormUse, first: fx.Node, second: fx.Node) -> None:
+    shape, node = _shape(norm), norm.backward
+    z, other = (
+        splice_late(graph, node, partial(normalised, shape), x, norm.mean, norm.rstd)[0]
+        for x in (first, second)
+    )
+    function = partial(gradients, shape, norm.x.meta["val"].dtype)
+    centred = norm.mean is not None
+    made = splice_late(graph, node, function, norm.dy, z, other, norm.rstd, norm.weight, centred)
+    for position, part in ops.parts(node).items():
+        graph.replace(part, made[position])
+    graph.erase(node)
+
+
+def _shape(norm: NormUse) -> NormShape:
+    return NormShape(norm.channels, norm.rank)

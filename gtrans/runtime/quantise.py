@@ -1,0 +1,171 @@
+"""Tensors as small whole numbers, group by group, in plain ATen that backends fuse.
+
+    low, step = statistics of a group of consecutive elements     step = (max - low) / (2**bits - 1)
+    code      = floor((x - low) / step + u)                       u ~ U[0, 1), or 1/2 for nearest
+    x'        = low + step * code                                 E[x'] = x
+
+Two variants change what is coded. `zeros` keeps zeros exact by a code of their own, for outputs of
+ReLU, whose mask is then exact as well; `block` first takes the averages of square blocks of a map
+away (kept in bfloat16), which leaves a smaller range to code.
+
+Codes are clamped to their range. The range is that of the tensor itself, widened to what bfloat16
+can hold of the step, so that nothing is ever clipped.
+
+Sources: group-wise stochastic rounding: ActNN (arXiv:2104.14129), GACT (arXiv:2206.11357); averages
+apart from the rest: DIVISION (arXiv:2302.05206); groups that lie within one attention head: Mesa
+(arXiv:2111.11124), whose running range estimates are left out, because they clip.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from gtrans.runtime.bits import pack_codes, unpack_codes
+from gtrans.runtime.noise import uniform
+
+_WIDEN = 1 + 2.0**-7
+_TINIEST_STEP = 2.0**-100
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a tensor is coded.
+
+    Attributes:
+        bits: 1, 2, 4 or 8 bits per element.
+        group: consecutive elements, in memory, that share their statistics; a multiple of 8.
+        order: the dimensions from the outermost to the innermost in memory.
+        zeros: code 0 stands for zero, the others for positive numbers.
+        block: side of the square blocks whose averages are kept apart; 0 for none.
+        salt: of the noise; None rounds to the nearest code.
+    """
+
+    bits: int
+    group: int
+    order: tuple[int, ...]
+    zeros: bool = False
+    block: int = 0
+    salt: int | None = None
+
+    def bytes(self, numel: float) -> float:
+        """What is kept of so many elements."""
+        averages = 2 * numel / self.block**2 if self.block else 0.0
+        return numel * self.bits / 8 + numel / self.group * 6 + averages
+
+
+def encode(
+    grid: Grid, x: torch.Tensor, seed: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Codes a tensor.
+
+    Args:
+        grid: how.
+        x: [*s], floating, dense in the grid's order of dimensions.
+        seed: what `noise_seed` returned; only for grids with a salt.
+
+    Returns:
+        low [groups, 1] and step [groups, 1], averages if there are blocks, then the packed codes.
+    """
+    wide = x.to(_wide(x.dtype))
+    parts: list[torch.Tensor] = []
+    if grid.block:
+        averages = _blocks(wide, grid.block).mean((-3, -1)).to(torch.bfloat16)
+        parts.append(averages)
+        wide = wide - _spread(averages.to(wide.dtype), grid.block)
+    groups = wide.permute(grid.order).reshape(-1, grid.group)
+    largest = 2**grid.bits - 1 - grid.zeros
+    low = _smallest_positive(groups) if grid.zeros else groups.amin(1, keepdim=True)
+    step = (groups.amax(1, keepdim=True) - low) * (_WIDEN / max(1, largest))
+    step = step.clamp_min(_TINIEST_STEP).to(torch.bfloat16)
+    position = (groups - low) / step.to(groups.dtype)
+    offset = 0.5 if grid.salt is None else _noise(grid.salt, seed, groups.shape)
+    codes = (position + offset).floor().clamp(0, largest)
+    if grid.zeros:
+        codes = torch.where(groups > 0, codes + 1, 0.0)
+    return (low, step, *parts, *pack_codes(codes.to(torch.uint8), grid.bits, 1))
+
+
+def decode(
+    grid: Grid, shape: Sequence[int], dtype: torch.dtype, *parts: torch.Tensor
+) -> torch.Tensor:
+    """The inverse of `encode`, up to rounding.
+
+    Args:
+        grid: as given to `encode`.
+        shape: of the tensor.
+        dtype: of the tensor.
+        parts: what `encode` returned.
+
+    Returns:
+        [*shape], with the strides that the tensor had.
+    """
+    low, step, *packed = parts
+    codes = unpack_codes(packed[bool(grid.block) :], grid.bits, 1, ())
+    step = step.to(low.dtype)
+    if grid.zeros:
+        values = torch.where(codes > 0, low + (codes.to(low.dtype) - 1) * step, 0.0)
+    else:
+        values = low + codes.to(low.dtype) * step
+    sizes = [shape[d] for d in grid.order]
+    back = sorted(range(len(sizes)), key=grid.order.__getitem__)
+    values = values.reshape(sizes).permute(back)
+    if grid.block:
+        values = values + _spread(packed[0].to(low.dtype), grid.block)
+    return values.to(dtype)
+
+
+def group_size(shape: Sequence[object], wanted: int) -> int | None:
+    """The largest multiple of 8 up to the wanted size that divides the known inner dimensions.
+
+    Args:
+        shape: sizes from the outermost to the innermost in memory; symbols are not known.
+        wanted: upper bound.
+    """
+    known: list[int] = []
+    for size in reversed(shape):
+        if not isinstance(size, int):
+            break
+        known.append(size)
+    inner = prod(known)
+    fitting = [n for n in range(8, wanted + 1, 8) if inner % n == 0]
+    return max(fitting, default=None)
+
+
+def memory_order(x: torch.Tensor) -> tuple[int, ...] | None:
+    """The dimensions from the outermost to the innermost; None if the tensor has gaps."""
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda d: (-int(strides[d]), d)) if _plain(strides) else []
+    if not order:
+        order = list(range(x.dim()))
+    return tuple(order) if x.permute(order).is_contiguous() else None
+
+
+def _plain(strides: Sequence[object]) -> bool:
+    return all(isinstance(s, int) for s in strides)
+
+
+def _noise(salt: int, seed: torch.Tensor | None, shape: Sequence[int]) -> torch.Tensor:
+    assert seed is not None
+    return uniform(seed, salt, shape)
+
+
+def _smallest_positive(groups: torch.Tensor) -> torch.Tensor:
+    low = torch.where(groups > 0, groups, torch.inf).amin(1, keepdim=True)
+    return torch.where(low == torch.inf, 0.0, low)
+
+
+def _blocks(x: torch.Tensor, side: int) -> torch.Tensor:
+    *outer, height, width = x.shape
+    return x.reshape([*outer, height // side, side, width // side, side])
+
+
+def _spread(averages: torch.Tensor, side: int) -> torch.Tensor:
+    *outer, height, width = averages.shape
+    spread = averages[..., :, None, :, None].expand(*outer, height, side, width, side)
+    return spread.reshape([*outer, height * side, width * side])
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32

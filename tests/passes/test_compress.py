@@ -1,0 +1,245 @@
+"""compress keeps codes where the gradient stays unbiased, and says where it would not."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import gtrans
+from gtrans.contract import Aligned, Close, Unbiased
+from gtrans.core import Stats
+from gtrans.errors import OptionError
+from gtrans.explanation import Explanation
+from gtrans.passes.residual.compress import Compress
+from gtrans.pipeline import Pipeline
+from gtrans.rewrite import coded_values
+from gtrans.runtime.quantise import Grid
+from gtrans.testing import check_pass
+from gtrans.verification import training_step
+
+
+class Perceptron(nn.Module):
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.act = act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x + self.down(self.act(self.up(self.norm(x))))
+        return y
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x + self.down(functional.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).view(2, 8, 2, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = functional.scaled_dot_product_attention(q, k, v)
+        out: torch.Tensor = self.o(y.transpose(1, 2).reshape(2, 8, 16))
+        return out
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.inner, self.last = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = functional.relu(self.norm(self.enter(x)))
+        return functional.relu(self.last(self.inner(y)) + y)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randn(2, 8, 16)
+
+
+CASES: dict[str, tuple[nn.Module, torch.Tensor, int]] = {
+    "gelu": (nn.Sequential(Perceptron(functional.gelu), Perceptron(torch.tanh)), tokens(), 5),
+    "relu": (nn.Sequential(Perceptron(torch.relu), Perceptron(torch.relu)), tokens(), 3),
+    "gated": (nn.Sequential(Gated(), Gated()), tokens(), 9),
+    "attention": (nn.Sequential(Attention(), Attention()), tokens(), 5),
+    "images": (Residual(), torch.randn(2, 3, 16, 16), 3),
+}
+SMALL = "min_numel=1,group=32"
+
+
+def explained(model: nn.Module, x: torch.Tensor, options: str = "") -> Explanation:
+    torch._dynamo.reset()
+    return gtrans.explain(model, x, passes=f"compress{{{SMALL}{options}}},default")
+
+
+def stats_of(explanation: Explanation) -> Stats:
+    (stats,) = [step.stats for _, step in explanation.steps() if step.name == "compress"]
+    return stats
+
+
+# ------------------------------------------------------------------------------ unbiasedness
+
+
+@contextmanager
+def shifted(monkeypatch: pytest.MonkeyPatch, sign: float, only: int | None) -> Iterator[set[int]]:
+    """Codes that are the value itself plus a fixed error, in one copy or (None) in none."""
+    salts: set[int] = set()
+
+    def encode(grid: Grid, x: torch.Tensor, seed: torch.Tensor | None = None) -> Any:
+        assert grid.salt is not None
+        salts.add(grid.salt)
+        return (x.clone(),)
+
+    def decode(grid: Grid, shape: Sequence[int], dtype: torch.dtype, x: torch.Tensor) -> Any:
+        if grid.salt != only:
+            return x.clone()
+        error = torch.arange(x.numel(), device=x.device, dtype=dtype).sin().reshape(x.shape)
+        return x + sign * torch.where(x > 0, x, 0.0) if grid.zeros else x + sign * error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(coded_values, "encode", encode)
+        patch.setattr(coded_values, "decode", decode)
+        patch.setattr(Grid, "bytes", lambda self, numel: 1.0)
+        yield salts
+
+
+def gradient(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    torch._dynamo.reset()
+    model = copy.deepcopy(model).double()
+    gtrans.optimize(
+        model, passes=f"compress{{{SMALL},slope_bits=4}},plan", backend="eager", on_error="raise"
+    )
+    found = training_step(model, ((x.double(),), {}), None, 0)
+    return {n: v for n, (kind, v) in found.items() if kind == "gradient" and v is not None}
+
+
+@pytest.mark.parametrize("name", ["relu", "gated", "attention", "images"])
+def test_the_gradient_is_affine_in_every_coded_copy(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With rounding of mean zero (see test_quantise) and copies independent: unbiased."""
+    model, x, _ = CASES[name]
+    monkeypatch.setattr("gtrans.plan.worth._check", lambda *_: None)
+    with shifted(monkeypatch, 0.0, None) as salts:
+        middle = gradient(model, x)
+    assert salts
+    for salt in sorted(salts)[:4]:
+        ends = []
+        for sign in (-0.5, 0.5):
+            with shifted(monkeypatch, sign, salt):
+                ends.append(gradient(model, x))
+        moved = 0.0
+        for key, exact in middle.items():
+            torch.testing.assert_close((ends[0][key] + ends[1][key]) / 2, exact)
+            moved = max(moved, float((ends[1][key] - exact).abs().max()))
+        assert moved > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gelu", "images"])
+def test_every_law_holds(name: str) -> None:
+    model, x, _ = CASES[name]
+    torch.manual_seed(0)
+    assert check_pass(Compress(bits=2, min_numel=1, group=32, block=4), model, [x])
+
+
+# ------------------------------------------------------------------------------ what it does
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_saved_bytes_fall(name: str) -> None:
+    model, x, least = CASES[name]
+    after = explained(model, x, ",bits=2,block=4")
+    torch._dynamo.reset()
+    before = gtrans.explain(model, x)
+    assert stats_of(after).rewritten >= least
+    # Groups of 32 elements spend as much on their ranges as on their codes.
+    assert after.saved_bytes < 0.65 * before.saved_bytes
+    assert isinstance(after.contract, Unbiased)
+
+
+def test_reasons_not_to() -> None:
+    class Squared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            out: torch.Tensor = y * self.b(y)
+            return out
+
+    (reason,) = [r for r in stats_of(explained(Squared(), tokens())).skipped if "noise" in r]
+    assert reason == (
+        "its noise would multiply with itself: a gradient made of it flows into aten.mm.default, "
+        "which reads it as well"
+    )
+    skipped = stats_of(explained(nn.Sequential(Attention()), tokens())).skipped
+    assert not any("query" in r for r in skipped)
+    odd = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    reasons = stats_of(explained(odd, torch.randn(3, 5))).skipped
+    assert "its inner sizes do not divide into groups of a multiple of 8" in reasons
+    large = stats_of(explained(odd, torch.randn(3, 5), ",min_numel=1000")).skipped
+    assert set(large) == {"fewer elements than min_numel"}
+
+
+def test_contracts_and_options() -> None:
+    assert Compress().contract == Unbiased(noise=frozenset({"compress"}))
+    assert isinstance(Compress(bits=8, rounding="nearest").contract, Close)
+    assert isinstance(Compress(bits=2, rounding="nearest").contract, Aligned)
+    text = "compress{bits=2,rounding=nearest}"
+    assert str(Pipeline.parse(text)) == text
+    for options, message in (
+        ({"bits": 3}, "bits must be 2, 4 or 8, got 3"),
+        ({"group": 4}, "group must be at least 8, got 4"),
+        ({"slope_bits": 5}, "slope_bits must be 1, 2, 3 or 4, got 5"),
+        ({"block": -1}, "block must not be negative, got -1"),
+        ({"min_numel": 0}, "min_numel must be at least 1, got 0"),
+    ):
+        with pytest.raises(OptionError, match=f"compress: {message}"):
+            Compress(**options)
+
+
+def test_a_dimension_may_be_dynamic() -> None:
+    x = torch.randn(6, 16)
+    torch._dynamo.reset()
+    torch._dynamo.mark_dynamic(x, 0)
+    model = nn.Sequential(Perceptron(functional.gelu), Perceptron(torch.relu))
+    gtrans.optimize(model, passes=f"compress{{{SMALL}}},default", backend="eager")
+    for count in (6, 10):
+        model(torch.randn(count, 16) if count == 10 else x).sum().backward()
+    report = gtrans.report(model)
+    assert len(report.captured) == 1
+    assert stats_of(report).rewritten >= 4
+
+
+@pytest.mark.inductor
+def test_inductor_computes_the_same_as_eager() -> None:
+    gradients = []
+    model, x, _ = CASES["gelu"]
+    for backend in ("inductor", "eager"):
+        torch._dynamo.reset()
+        model.zero_grad()
+        torch.manual_seed(0)
+        passes = f"compress{{{SMALL},bits=2}},default"
+        gtrans.optimize(model, passes=passes, backend=backend, on_error="raise")
+        model(x).square().sum().backward()
+        assert stats_of(gtrans.report(model)).rewritten == 5
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        gtrans.restore(model)
+    for compiled, eager in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-3)
