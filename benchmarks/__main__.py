@@ -16,6 +16,7 @@ _NOT_BENCHMARKS = {
     "planted",
     "rivals",
     "table",
+    "training_tasks",
     "zoo",
 }
 

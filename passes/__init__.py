@@ -10,6 +10,8 @@ PASSES: dict[str, str] = {
     "cut": "gtrans.passes.wire.cut:Cut",
     "reversible": "gtrans.passes.residual.reversible:Reversible",
     "few-bit": "gtrans.passes.residual.few_bit:FewBit",
+    "approx-bp": "gtrans.passes.residual.approx_bp:ApproxBP",
+    "memory-share": "gtrans.passes.residual.memory_share:MemoryShare",
     "compress": "gtrans.passes.residual.compress:Compress",
     "bit-masks": "gtrans.passes.residual.bit_masks:BitMasks",
     "hoist-recurrent-wgrad": "gtrans.passes.rule.hoist_recurrent_wgrad:HoistRecurrentWgrad",

@@ -13,7 +13,7 @@ published tables come from gradient descent instead. The stochastic variant is g
 """
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -168,9 +168,15 @@ def nearest_table(samples: Samples, bits: int, weight: Weight = "uniform") -> Ta
     ]
     ends, levels, _ = best_steps(prefix[0], prefix[1], prefix[2], 2**bits)
     thresholds = [round(float(samples.edges[i]), 12) for i in ends[1:-1]]
-    cells = np.searchsorted(ends, np.arange(_CELLS), side="right") - 1
-    level = np.array(levels)[cells]
-    error = samples.h - level[:, None]
+    return given_table(samples, thresholds, levels)
+
+
+def given_table(samples: Samples, thresholds: Sequence[float], levels: Sequence[float]) -> Table:
+    """Thresholds and levels from elsewhere, with their errors; thresholds may lie inside cells."""
+    inner = np.array(levels)[np.searchsorted(thresholds, samples.x, side="left")]
+    error = samples.h - inner
+    middles = (samples.edges[:-1] + samples.edges[1:]) / 2
+    level = np.array(levels)[np.searchsorted(thresholds, middles, side="left")]
     # The supremum lies at thresholds, of which either side counts, or far outside.
     errors = (
         error,
@@ -179,7 +185,7 @@ def nearest_table(samples: Samples, bits: int, weight: Weight = "uniform") -> Ta
         samples.tails - level[[0, -1]][:, None],
     )
     largest = max(float(np.nanmax(abs(e))) for e in errors)
-    return _table(samples, thresholds, levels, error**2, largest)
+    return _table(samples, list(thresholds), list(levels), error**2, largest)
 
 
 @cache

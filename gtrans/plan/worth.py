@@ -5,17 +5,20 @@ kept for another operator anyway, or can be computed again from values that are:
 read the approximation, and the bytes would not fall. Only a plan of the rewritten graph tells.
 """
 
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
+from gtrans.core import HELD_BACK, Pass, Permission, Stats
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.ops import storage_of
 from gtrans.ir.printer import target_name
+from gtrans.ir.sizes import human
 from gtrans.plan.cut import cut_with_substitutes, minimum_cut, recipe
 from gtrans.plan.planner import Plan
 from gtrans.plan.saved import saved_bytes
@@ -47,12 +50,16 @@ class Candidate:
         value: the forward value that is needed as long as it is not rewritten.
         bytes: what is kept in place of the value.
         let_go: edits a copy of the graph such that what is rewritten reads the value no more.
+        rewrite: performs the rewrite, in the graph itself or a copy; it is given the site there.
+        note: what the report says of it.
     """
 
     site: fx.Node
     value: fx.Node
     bytes: float
     let_go: Callable[[JointGraph, Twin], None]
+    rewrite: Callable[[JointGraph, fx.Node], None]
+    note: str = ""
 
 
 def scales(site: fx.Node, dy: fx.Node) -> Callable[[JointGraph, Twin], None]:
@@ -71,23 +78,19 @@ class Verdict:
     """Which rewrites pay.
 
     Attributes:
-        chosen: the sites to rewrite, in the order given.
-        refused: why each other site does not pay.
+        chosen: the rewrites to perform, in the order given.
+        refused: why each other one does not pay, by site.
         bytes_before: what the plan keeps without any of the rewrites.
         bytes_after: what it keeps with the chosen ones.
     """
 
-    chosen: list[fx.Node]
+    chosen: list[Candidate]
     refused: dict[fx.Node, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
 
 
-def keep_what_pays(
-    joint: JointGraph,
-    candidates: Sequence[Candidate],
-    rewrite: Callable[[JointGraph, fx.Node], None],
-) -> Verdict:
+def keep_what_pays(joint: JointGraph, candidates: Sequence[Candidate]) -> Verdict:
     """Chooses by one minimum cut, then checks the outcome on a rewritten and planned copy.
 
     For the cut no candidate's backward reads its value; it pays the bytes of the substitute
@@ -96,7 +99,6 @@ def keep_what_pays(
     Args:
         joint: the graph; it is not changed.
         candidates: the rewrites to choose from.
-        rewrite: performs the rewrite at one site of the graph it is given.
 
     Returns:
         The verdict. Either its bytes fall, or nothing is chosen.
@@ -113,29 +115,61 @@ def keep_what_pays(
     wanted = [(values[c.site], c.bytes) for c in candidates if values[c.site] in left]
     plan = Plan(price=_PRICE)
     kept, forgone = cut_with_substitutes(trial, lambda n: plan.cost(trial, n), wanted)
-    verdict = Verdict([c.site for c in candidates if values[c.site] in forgone])
+    verdict = Verdict([c for c in candidates if values[c.site] in forgone])
     for c in candidates:
         if values[c.site] not in left:
             verdict.refused[c.site] = NOT_KEPT
         elif values[c.site] not in forgone:
             verdict.refused[c.site] = _reason(trial, kept, values[c.site])
-    _check(joint, verdict, rewrite)
+    _check(joint, verdict)
     return verdict
 
 
-def _check(
-    joint: JointGraph, verdict: Verdict, rewrite: Callable[[JointGraph, fx.Node], None]
-) -> None:
+class PayingPass(Pass[JointGraph]):
+    """A pass that proposes rewrites, of which those are performed that make the plan save less."""
+
+    @abstractmethod
+    def proposals(self, graph: JointGraph) -> Iterable[Candidate | str]:
+        """A candidate for every place where the pattern was found, or why it must stay as it is."""
+
+    def run(self, graph: JointGraph, permitted: Permission) -> Stats:
+        """Rewrites the places that save bytes once the whole graph is planned."""
+        stats = Stats()
+        candidates: list[Candidate] = []
+        for proposal in self.proposals(graph):
+            stats.matched += 1
+            if isinstance(proposal, Candidate):
+                candidates.append(proposal)
+            else:
+                stats.skipped[proposal] += 1
+        verdict = keep_what_pays(graph, candidates)
+        stats.skipped += Counter(verdict.refused.values())
+        notes: Counter[str] = Counter()
+        for c in verdict.chosen:
+            if not permitted(c.site.name):
+                stats.skipped[HELD_BACK] += 1
+                continue
+            notes[c.note] += 1
+            c.rewrite(graph, c.site)
+            stats.rewritten += 1
+        stats.notes += [f"{count} x {note}" for note, count in notes.items()]
+        if verdict.chosen:
+            change = f"{human(verdict.bytes_before)} -> {human(verdict.bytes_after)}"
+            stats.notes.append(f"saved for backward, once planned: {change}")
+        return stats
+
+
+def _check(joint: JointGraph, verdict: Verdict) -> None:
     """Rolls all back unless the bytes of the plan fall."""
     verdict.bytes_before = verdict.bytes_after = _planned_bytes(_copy(joint)[0])
     if not verdict.chosen:
         return
     rewritten, twin = _copy(joint)
-    for site in verdict.chosen:
-        rewrite(rewritten, twin[site])
+    for c in verdict.chosen:
+        c.rewrite(rewritten, twin[c.site])
     verdict.bytes_after = _planned_bytes(rewritten)
     if verdict.bytes_after >= verdict.bytes_before:
-        verdict.refused |= dict.fromkeys(verdict.chosen, NOTHING_SAVED)
+        verdict.refused |= dict.fromkeys([c.site for c in verdict.chosen], NOTHING_SAVED)
         verdict.chosen, verdict.bytes_after = [], verdict.bytes_before
 
 

@@ -71,26 +71,23 @@ class CodedValue:
         edges = [(u.reader, u.operand) for u in (*self.uses, *(u for _, u in self.image_uses))]
         edges += [(n.backward, n.x) for n in self.norms]
         for reader, operand in edges:
-            reader, operand = twin(reader), twin(operand)
-            if operand in reader.all_input_nodes:
-                stand_in = next(n for n in reader.all_input_nodes if trial.is_backward(n))
-                reader.replace_input_with(operand, stand_in)
-        trial.cut = None
+            cut_edge(trial, twin(reader), twin(operand))
 
     def rewrite(self, graph: JointGraph) -> None:
         """Inserts the codes, and lets the readers read what they decode to."""
         readers = self.readers
         first = self._decoded(graph, self.grid, readers[0], "first")
         for use in self.uses:
-            _reread(graph, use, self.value, first)
+            reread(graph, use, self.value, first)
         for norm, use in self.image_uses:
             y = _image(graph, norm, first, use.reader)
             assert norm.y is not None
-            _reread(graph, use, norm.y, y)
+            reread(graph, use, norm.y, y)
         for norm in self.norms:
             assert self.second is not None
             second = self._decoded(graph, self.second, norm.backward, norm.backward.name)
-            _replace_norm(graph, norm, first, second)
+            z, other = (_normalised(graph, norm, x) for x in (first, second))
+            replace_norm(graph, norm, z, other)
 
     def _decoded(self, graph: JointGraph, grid: Grid, anchor: fx.Node, draw: str) -> fx.Node:
         val = self.value.meta["val"]
@@ -102,6 +99,14 @@ class CodedValue:
         shape = [n if isinstance(n, int) else -1 for n in val.shape]
         (made,) = splice_late(graph, anchor, partial(decode, grid, shape, val.dtype), *parts)
         return made
+
+
+def cut_edge(trial: JointGraph, reader: fx.Node, operand: fx.Node) -> None:
+    """Lets a backward node read a cotangent instead of a value, in a graph that never runs."""
+    if operand in reader.all_input_nodes:
+        stand_in = next(n for n in reader.all_input_nodes if trial.is_backward(n))
+        reader.replace_input_with(operand, stand_in)
+        trial.cut = None
 
 
 def coded_value(
@@ -134,8 +139,15 @@ def coded_value(
     return CodedValue(value, plain, norms, tuple(images), grid, second)
 
 
-def _reread(graph: JointGraph, use: Use, value: fx.Node, decoded: fx.Node) -> None:
-    """Lets a reader read the decoded value, through the same views."""
+def reread(graph: JointGraph, use: Use, value: fx.Node, decoded: fx.Node) -> None:
+    """Lets a reader read the decoded value, through the same views.
+
+    Args:
+        graph: the graph to edit.
+        use: a reader of the value.
+        value: what it reads now.
+        decoded: what to read in its place, of the same shape and dtype.
+    """
     path: list[fx.Node] = []
     node = use.operand
     while node is not value:
@@ -156,13 +168,21 @@ def _image(graph: JointGraph, norm: NormUse, x: fx.Node, anchor: fx.Node) -> fx.
     return made[0]
 
 
-def _replace_norm(graph: JointGraph, norm: NormUse, first: fx.Node, second: fx.Node) -> None:
-    shape, node = _shape(norm), norm.backward
-    z, other = (
-        splice_late(graph, node, partial(normalised, shape), x, norm.mean, norm.rstd)[0]
-        for x in (first, second)
-    )
-    function = partial(gradients, shape, norm.x.meta["val"].dtype)
+def _normalised(graph: JointGraph, norm: NormUse, x: fx.Node) -> fx.Node:
+    function = partial(normalised, _shape(norm))
+    return splice_late(graph, norm.backward, function, x, norm.mean, norm.rstd)[0]
+
+
+def replace_norm(graph: JointGraph, norm: NormUse, z: fx.Node, other: fx.Node) -> None:
+    """Computes the gradients of a norm from two copies of its normalised input.
+
+    Args:
+        graph: the graph to edit.
+        norm: which norm.
+        z, other: the copies; they may be the same.
+    """
+    node = norm.backward
+    function = partial(gradients, _shape(norm), norm.x.meta["val"].dtype)
     centred = norm.mean is not None
     made = splice_late(graph, node, function, norm.dy, z, other, norm.rstd, norm.weight, centred)
     for position, part in ops.parts(node).items():

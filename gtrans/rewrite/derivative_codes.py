@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import fx
 
-from gtrans.analysis.derivative_tables import Table
+from gtrans.analysis.derivative_tables import Samples, Table
 from gtrans.analysis.pointwise import Activation, activation_at
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import numel
@@ -45,8 +45,15 @@ class DerivativeCodes:
         """What is kept of an activation."""
         return numel(activation.x.meta["val"]) * self.bits / 8
 
-    def rewrite(self, graph: JointGraph, activation: Activation, table: Table) -> None:
-        """Packs codes in the forward and reads levels in the backward."""
+    def rewrite(self, table: Table, graph: JointGraph, site: fx.Node) -> None:
+        """Packs codes in the forward and reads levels in the backward.
+
+        Args:
+            table: the levels.
+            graph: the graph to edit.
+            site: the gradient at the input of an activation.
+        """
+        activation = codes_at(graph, site)
         x, dx = activation.x, activation.dx
         val, gradient = x.meta["val"], dx.meta["val"]
         dim = packed_dim(val)
@@ -65,6 +72,19 @@ class DerivativeCodes:
         graph.replace(dx, made)
         for node in reversed(activation.backward[:-1]):
             graph.erase(node)
+
+
+def obstacle_to_levels(samples: Samples | None) -> str | None:
+    """Why no table of levels can stand for a derivative, or None."""
+    if samples is None:
+        return "the gradient is not linear in the incoming one"
+    if not samples.is_finite:
+        return "its derivative is not finite between -10 and 10"
+    if not samples.is_bounded:
+        return "its derivative is not bounded"
+    if samples.is_piecewise_constant:
+        return "piecewise linear: a mask keeps its derivative exactly"
+    return None
 
 
 def codes_at(graph: JointGraph, site: fx.Node) -> Activation:

@@ -58,11 +58,19 @@ def output(
         mean, rstd: statistics that broadcast with x, or [C] for channels; no mean: an RMS norm.
         weight, bias: of the normalised dimensions, or None.
     """
-    y = normalised(shape, x, mean, rstd)
-    if weight is not None:
-        y = y * shape.along(weight, x)
-    if bias is not None:
-        y = y + shape.along(bias, x)
+    return affine(shape, dtype, normalised(shape, x, mean, rstd), weight, bias)
+
+
+def affine(
+    shape: NormShape,
+    dtype: torch.dtype,
+    z: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """`output` from the normalised input."""
+    y = z if weight is None else z * shape.along(weight, z)
+    y = y if bias is None else y + shape.along(bias, z)
     return y.to(dtype)
 
 

@@ -25,35 +25,34 @@ Source: see `gtrans.runtime.quantise`. Norms in two copies, zeros with a code of
     bits per sample (ActNN).
 """
 
-from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import fx
 
-from gtrans.analysis.derivative_tables import Table, nearest_table, samples_of, stochastic_table
+from gtrans.analysis.derivative_tables import nearest_table, samples_of, stochastic_table
 from gtrans.analysis.linear_uses import Role, flows_into_another, norm_use, uses_of
 from gtrans.analysis.pointwise import Activation, find_activations
 from gtrans.analysis.rounding import relative_error
 from gtrans.contract import Aligned, Close, Contract, Unbiased
-from gtrans.core import HELD_BACK, Knob, Permission, SitePass, Stats, require
+from gtrans.core import Knob, require
+from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph, Placement, tag
 from gtrans.ir.printer import target_name
-from gtrans.ir.sizes import human, numel
-from gtrans.plan.cut import storage_of
-from gtrans.plan.worth import Candidate, keep_what_pays, scales
+from gtrans.ir.sizes import numel
+from gtrans.plan.slopes import slope_candidate
+from gtrans.plan.worth import Candidate, PayingPass
 from gtrans.rewrite.coded_values import CodedValue, coded_value
-from gtrans.rewrite.derivative_codes import DerivativeCodes, codes_at
+from gtrans.rewrite.derivative_codes import DerivativeCodes, obstacle_to_levels
 from gtrans.runtime.quantise import Grid, group_size, memory_order
 
 _ROUNDED = Close(rtol=0.1)
 
 
 @dataclass(frozen=True)
-class Compress(SitePass[JointGraph]):
+class Compress(PayingPass):
     """Keep values for the backward as small whole numbers.
 
     Args:
@@ -94,103 +93,57 @@ class Compress(SitePass[JointGraph]):
             return Unbiased(noise=frozenset({self.name}))
         return _ROUNDED if self.bits == 8 else Aligned()
 
-    def sites(self, graph: JointGraph) -> Iterable[fx.Node]:
-        """The values that some backward node is affine in, and the gradients of activations."""
-        others = self._derivatives(graph)
-        # A norm's output is made of the codes of its input.
+    def proposals(self, graph: JointGraph) -> Iterable[Candidate | str]:
+        """Every activation's derivative, and every value that some backward node is affine in."""
+        activations = find_activations(graph)
+        slopes = [self._slope(a) for a in activations]
+        # What computes a derivative that has codes of its own asks for no values.
+        others = frozenset(
+            node.name
+            for activation, slope in zip(activations, slopes, strict=True)
+            if isinstance(slope, Candidate)
+            for node in activation.backward
+        )
         norms = [norm_use(n) for n in graph.nodes if graph.is_backward(n)]
-        images = {n.y for n in norms if n is not None}
+        images = {n.y for n in norms if n is not None}  # made of the codes of the norm's input
         values = [
             n
             for n in graph.nodes
             if n not in images and _is_value(graph, n) and _has_linear_use(graph, n, others)
         ]
-        return [*(a.dx for a in find_activations(graph)), *values]
+        return [*slopes, *(self._value(graph, n, others) for n in values)]
 
-    def refuse(self, graph: JointGraph, site: fx.Node) -> str | None:
-        """Refuses what cannot be coded; whether it pays is decided by planning."""
-        if graph.is_backward(site):
-            return self._refuse_slope(codes_at(graph, site))
-        return self._refuse_value(graph, site, self._derivatives(graph))
+    def _slope(self, activation: Activation) -> Candidate | str:
+        if numel(activation.x.meta["val"]) < self.min_numel:
+            return "fewer elements than min_numel"
+        codes = DerivativeCodes(self.slope_bits)
+        samples = samples_of(activation)
+        obstacle = codes.obstacle(activation) or obstacle_to_levels(samples)
+        if obstacle is not None or samples is None:
+            return str(obstacle)
+        make = nearest_table if self.rounding == "nearest" else stochastic_table
+        return slope_candidate(activation, codes, make(samples, self.slope_bits))
 
-    def rewrite(self, graph: JointGraph, site: fx.Node) -> None:
-        """Codes a value, or the derivative of an activation."""
-        self._rewrite(self._derivatives(graph), graph, site)
-
-    def run(self, graph: JointGraph, permitted: Permission) -> Stats:
-        """Rewrites the sites that save bytes once the whole graph is planned."""
-        stats = Stats()
-        candidates: list[Candidate] = []
-        others = self._derivatives(graph)
-        for site in list(self.sites(graph)):
-            stats.matched += 1
-            if graph.is_backward(site):
-                reason = self._refuse_slope(codes_at(graph, site))
-            else:
-                reason = self._refuse_value(graph, site, others)
-            if reason is None:
-                candidates.append(self._candidate(graph, site, others))
-            else:
-                stats.skipped[reason] += 1
-        rewrite = partial(self._rewrite, others)
-        verdict = keep_what_pays(graph, candidates, rewrite)
-        stats.skipped += Counter(verdict.refused.values())
-        notes: Counter[str] = Counter()
-        for site in verdict.chosen:
-            if not permitted(site.name):
-                stats.skipped[HELD_BACK] += 1
-                continue
-            notes[self._note(graph, site)] += 1
-            rewrite(graph, site)
-            stats.rewritten += 1
-        stats.notes += [f"{count} x {note}" for note, count in notes.items()]
-        if verdict.chosen:
-            change = f"{human(verdict.bytes_before)} -> {human(verdict.bytes_after)}"
-            stats.notes.append(f"saved for backward, once planned: {change}")
-        return stats
-
-    def _derivatives(self, graph: JointGraph) -> frozenset[str]:
-        """The backward nodes that compute a derivative which has codes of its own."""
-        found = [a for a in find_activations(graph) if self._refuse_slope(a) is None]
-        return frozenset(n.name for a in found for n in a.backward)
-
-    def _rewrite(self, others: Collection[str], graph: JointGraph, site: fx.Node) -> None:
-        if graph.is_backward(site):
-            activation = codes_at(graph, site)
-            DerivativeCodes(self.slope_bits).rewrite(graph, activation, self._table(activation))
-        else:
-            self._coded(graph, site, others).rewrite(graph)
-
-    def _refuse_value(
-        self, graph: JointGraph, value: fx.Node, others: Collection[str]
-    ) -> str | None:
+    def _value(self, graph: JointGraph, value: fx.Node, others: Collection[str]) -> Candidate | str:
         val = value.meta["val"]
         if numel(val) < self.min_numel:
             return "fewer elements than min_numel"
         if sum(not isinstance(n, int) for n in val.shape) > 1:
             return "several of its sizes are dynamic"
-        if self._grid(graph, value) is None:
+        grid = self._grid(graph, value)
+        if grid is None:
             return "its inner sizes do not divide into groups of a multiple of 8"
-        reader = flows_into_another(self._coded(graph, value, others).noisy_readers)
-        if reader is not None:
+        coded = coded_value(graph, value, grid, others)
+        if (reader := flows_into_another(coded.noisy_readers)) is not None:
             return (
                 "its noise would multiply with itself: a gradient made of it flows into "
                 f"{target_name(reader)}, which reads it as well"
             )
-        return None
 
-    def _candidate(self, graph: JointGraph, site: fx.Node, others: Collection[str]) -> Candidate:
-        if graph.is_backward(site):
-            found = codes_at(graph, site)
-            size = DerivativeCodes(self.slope_bits).bytes(found)
-            return Candidate(site, found.x, size, scales(site, found.dy))
-        coded = self._coded(graph, site, others)
-        return Candidate(site, site, coded.bytes, coded.let_go)
+        def rewrite(graph: JointGraph, site: fx.Node) -> None:
+            coded_value(graph, site, grid, others).rewrite(graph)
 
-    def _coded(self, graph: JointGraph, value: fx.Node, others: Collection[str]) -> CodedValue:
-        grid = self._grid(graph, value)
-        assert grid is not None
-        return coded_value(graph, value, grid, others)
+        return Candidate(value, value, coded.bytes, coded.let_go, rewrite, self._note(coded))
 
     def _grid(self, graph: JointGraph, value: fx.Node) -> Grid | None:
         val = value.meta["val"]
@@ -216,39 +169,14 @@ class Compress(SitePass[JointGraph]):
         ]
         return fits[0] if fits else 0
 
-    def _refuse_slope(self, activation: Activation) -> str | None:
-        if numel(activation.x.meta["val"]) < self.min_numel:
-            return "fewer elements than min_numel"
-        samples = samples_of(activation)
-        if samples is None:
-            return "the gradient is not linear in the incoming one"
-        if not samples.is_finite or not samples.is_bounded:
-            return "its derivative is not bounded"
-        if samples.is_piecewise_constant:
-            return "piecewise linear: a mask keeps its derivative exactly"
-        return DerivativeCodes(self.slope_bits).obstacle(activation)
-
-    def _table(self, activation: Activation) -> Table:
-        samples = samples_of(activation)
-        assert samples is not None
-        make = nearest_table if self.rounding == "nearest" else stochastic_table
-        return make(samples, self.slope_bits)
-
-    def _note(self, graph: JointGraph, site: fx.Node) -> str:
-        if graph.is_backward(site):
-            table = self._table(codes_at(graph, site))
-            return (
-                f"{self.slope_bits} bits for a derivative; predicted relative error of its "
-                f"gradient {table.relative:.3f} for x ~ N(0, 1)"
-            )
-        coded = self._coded(graph, site, ())
+    def _note(self, coded: CodedValue) -> str:
         kind = "norm's input, in two copies" if coded.norms else "value"
         kind = "ReLU output, its mask exact" if coded.grid.zeros else kind
         error = relative_error(
-            self.bits, coded.grid.group, stochastic=self.rounding == "stochastic"
+            coded.grid.bits, coded.grid.group, stochastic=self.rounding == "stochastic"
         )
         return (
-            f"{self.bits} bits for a {kind}; predicted relative error {error:.3f} "
+            f"{coded.grid.bits} bits for a {kind}; predicted relative error {error:.3f} "
             f"if it is N(0, 1) in groups of {coded.grid.group}"
         )
 
@@ -261,7 +189,7 @@ def _is_value(graph: JointGraph, node: fx.Node) -> bool:
         and val.dtype.is_floating_point
         and graph.is_forward(node)
         and tag(node).placement is Placement.AUTO
-        and storage_of(node) is node
+        and ops.storage_of(node) is node
     )
 
 

@@ -20,14 +20,12 @@ Source: few-bit backward (arXiv:2202.00441), its dynamic program in `gtrans.anal
     rounding of the derivative: gtrans. Not done: weights from measured histograms of x.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import fx
-
 from gtrans.analysis.derivative_tables import (
+    Samples,
     Table,
     Weight,
     nearest_table,
@@ -36,15 +34,16 @@ from gtrans.analysis.derivative_tables import (
 )
 from gtrans.analysis.pointwise import Activation, find_activations
 from gtrans.contract import Close, Contract, Unbiased
-from gtrans.core import HELD_BACK, Knob, Permission, SitePass, Stats, require
+from gtrans.core import Knob, require
 from gtrans.ir.joint import JointGraph
-from gtrans.ir.sizes import human, numel
-from gtrans.plan.worth import Candidate, keep_what_pays, scales
-from gtrans.rewrite.derivative_codes import DerivativeCodes, codes_at
+from gtrans.ir.sizes import numel
+from gtrans.plan.slopes import slope_candidate
+from gtrans.plan.worth import Candidate, PayingPass
+from gtrans.rewrite.derivative_codes import DerivativeCodes, obstacle_to_levels
 
 
 @dataclass(frozen=True)
-class FewBit(SitePass[JointGraph]):
+class FewBit(PayingPass):
     """Replace the saved inputs of smooth pointwise activations by a few bits per element.
 
     Args:
@@ -73,75 +72,25 @@ class FewBit(SitePass[JointGraph]):
             return Unbiased(noise=frozenset({self.name}))
         return Close(rtol=2.0 ** (2 - self.bits))
 
-    def sites(self, graph: JointGraph) -> Iterable[fx.Node]:
+    def proposals(self, graph: JointGraph) -> Iterable[Candidate | str]:
         """The gradient at the input of every pointwise activation."""
-        return [a.dx for a in find_activations(graph)]
+        return [self._proposal(activation) for activation in find_activations(graph)]
 
-    def refuse(self, graph: JointGraph, site: fx.Node) -> str | None:
-        """Refuses what a table cannot stand for; whether it pays is decided by planning."""
-        activation = codes_at(graph, site)
-        val = activation.x.meta["val"]
-        if numel(val) < self.min_numel:
+    def _proposal(self, activation: Activation) -> Candidate | str:
+        if numel(activation.x.meta["val"]) < self.min_numel:
             return "fewer elements than min_numel"
-        if (obstacle := DerivativeCodes(self.bits).obstacle(activation)) is not None:
-            return obstacle
+        codes = DerivativeCodes(self.bits)
         samples = samples_of(activation)
-        if samples is None:
-            return "the gradient is not linear in the incoming one"
-        if not samples.is_finite:
-            return "its derivative is not finite between -10 and 10"
-        if not samples.is_bounded:
-            return "its derivative is not bounded"
-        if samples.is_piecewise_constant:
-            return "piecewise linear: a mask keeps its derivative exactly"
+        obstacle = codes.obstacle(activation) or obstacle_to_levels(samples)
+        if obstacle is not None or samples is None:
+            return str(obstacle)
+        table = self._table(samples)
         promise = self.contract
-        if isinstance(promise, Close) and self._table(activation).largest > promise.rtol / 2:
+        if isinstance(promise, Close) and table.largest > promise.rtol / 2:
             return f"{self.bits} bits cannot follow its derivative as closely as promised"
-        return None
+        return slope_candidate(activation, codes, table)
 
-    def run(self, graph: JointGraph, permitted: Permission) -> Stats:
-        """Rewrites the sites that save bytes once the whole graph is planned."""
-        stats = Stats()
-        candidates: list[Candidate] = []
-        for site in list(self.sites(graph)):
-            stats.matched += 1
-            reason = self.refuse(graph, site)
-            if reason is None:
-                found = codes_at(graph, site)
-                size = DerivativeCodes(self.bits).bytes(found)
-                candidates.append(Candidate(site, found.x, size, scales(site, found.dy)))
-            else:
-                stats.refuse(site, reason)
-        verdict = keep_what_pays(graph, candidates, self.rewrite)
-        stats.refuse_all(verdict.refused)
-        notes: Counter[str] = Counter()
-        for site in verdict.chosen:
-            if not permitted(site.name):
-                stats.refuse(site, HELD_BACK)
-                continue
-            notes[self._note(self._table(codes_at(graph, site)))] += 1
-            self.rewrite(graph, site)
-            stats.rewritten += 1
-        stats.notes += [f"{count} x {note}" for note, count in notes.items()]
-        if verdict.chosen:
-            change = f"{human(verdict.bytes_before)} -> {human(verdict.bytes_after)}"
-            stats.notes.append(f"saved for backward, once planned: {change}")
-        return stats
-
-    def rewrite(self, graph: JointGraph, site: fx.Node) -> None:
-        """Packs codes in the forward and reads levels in the backward."""
-        activation = codes_at(graph, site)
-        DerivativeCodes(self.bits).rewrite(graph, activation, self._table(activation))
-
-    def _table(self, activation: Activation) -> Table:
-        samples = samples_of(activation)
-        assert samples is not None
+    def _table(self, samples: Samples) -> Table:
         if self.rounding == "nearest":
             return nearest_table(samples, self.bits, self.weight)
         return stochastic_table(samples, self.bits)
-
-    def _note(self, table: Table) -> str:
-        return (
-            f"{self.bits} bits for an activation; predicted error of its gradient: relative "
-            f"{table.relative:.3f} for x ~ N(0, 1), at most {table.largest:.3f} |dy|"
-        )

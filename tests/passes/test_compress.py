@@ -203,13 +203,14 @@ def test_contracts_and_options() -> None:
     assert isinstance(Compress(bits=2, rounding="nearest").contract, Aligned)
     text = "compress{bits=2,rounding=nearest}"
     assert str(Pipeline.parse(text)) == text
-    for options, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"bits": 3}, "bits must be 2, 4 or 8, got 3"),
         ({"group": 4}, "group must be at least 8, got 4"),
         ({"slope_bits": 5}, "slope_bits must be 1, 2, 3 or 4, got 5"),
         ({"block": -1}, "block must not be negative, got -1"),
         ({"min_numel": 0}, "min_numel must be at least 1, got 0"),
-    ):
+    ]
+    for options, message in wrong:
         with pytest.raises(OptionError, match=f"compress: {message}"):
             Compress(**options)
 

@@ -328,8 +328,14 @@ def test_all_is_rolled_back_unless_the_planned_bytes_fall() -> None:
     ).captured
     joint = original(captured)
     (activation,) = find_activations(joint)
-    candidate = Candidate(activation.dx, activation.x, 1, scales(activation.dx, activation.dy))
-    verdict = keep_what_pays(joint, [candidate], lambda graph, site: None)
+    candidate = Candidate(
+        site=activation.dx,
+        value=activation.x,
+        bytes=1,
+        let_go=scales(activation.dx, activation.dy),
+        rewrite=lambda graph, site: None,
+    )
+    verdict = keep_what_pays(joint, [candidate])
     assert verdict.chosen == []
     assert verdict.refused == {activation.dx: NOTHING_SAVED}
     assert verdict.bytes_after == verdict.bytes_before > 0

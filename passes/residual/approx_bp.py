@@ -1,0 +1,132 @@
+"""Backpropagate through GELU and SiLU as if they were three hinges, by two bits of their input.
+
+    y  = gelu(x)                     y    = gelu(x)
+                                     bits = pack([x > c1] + [x > c2] + [x > c3])    # saved
+    dx = dy * gelu'(x)        -->    dx   = dy * (0, a1, a1 + a2, 1)[unpack(bits)]
+
+Shapes: x, y, dx, dy: [*s] of one floating dtype; bits: uint8 of numel / 4 bytes.
+Saves: as `few-bit` with two bits, under the same conditions: nothing else keeps x.
+Costs: three comparisons in the forward; shifts and selects in the backward.
+Contract: close: every element of dx is off by at most rtol / 2 * |dy|.
+Needs: an activation whose derivative is that of GELU (either form) or SiLU, however it is written.
+Source: ReGELU2 and ReSiLU2 of approximate backpropagation (arXiv:2406.16282), with the published
+    constants. They bring the primitives close together, not the derivatives: `few-bit` has a
+    seventh of the mean square error with as many bits, and its stochastic rounding no bias. This
+    pass is for comparison.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from gtrans.analysis.derivative_tables import Samples, given_table, samples_of
+from gtrans.analysis.pointwise import Activation, find_activations
+from gtrans.contract import Close, Contract
+from gtrans.core import Knob, require
+from gtrans.ir.joint import JointGraph
+from gtrans.ir.sizes import numel
+from gtrans.plan.slopes import slope_candidate
+from gtrans.plan.worth import Candidate, PayingPass
+from gtrans.rewrite.derivative_codes import DerivativeCodes
+
+_BITS = 2
+# The two forms of GELU differ by less than this in their derivative, other activations by more.
+_SAME = 2e-3
+
+
+@dataclass(frozen=True)
+class Hinges:
+    """A sum of a_i * max(x - c_i, 0) with sum a_i = 1 and sum a_i c_i = 0."""
+
+    slopes: tuple[float, float, float]
+    corners: tuple[float, float, float]
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The derivative between the corners."""
+        first, second, _ = self.slopes
+        return (0.0, first, first + second, 1.0)
+
+
+HINGES: dict[str, dict[str, Hinges]] = {
+    "published": {
+        "gelu": Hinges(
+            (-0.04922261145617846, 1.0979632065417297, -0.048740595085551286),
+            (-3.1858810036855245, -0.001178821281161997, 3.190832613414926),
+        ),
+        "silu": Hinges(
+            (-0.04060357190528599, 1.080925428529668, -0.040321856624382146),
+            (-6.3050461001646445, -0.0008684942046214787, 6.325815242089708),
+        ),
+    },
+    "symmetric": {
+        "gelu": Hinges((-0.049575, 1.09915, -0.049575), (-3.17126, 0.0, 3.17126)),
+        "silu": Hinges((-0.0405245, 1.081049, -0.0405245), (-6.3199, 0.0, 6.3199)),
+    },
+}
+
+
+@dataclass(frozen=True)
+class ApproxBP(PayingPass):
+    """Replace the saved inputs of GELU and SiLU by two bits per element.
+
+    Args:
+        constants: "published", or "symmetric" for slightly better ones.
+        min_numel: leave activations with fewer elements alone.
+    """
+
+    name: ClassVar[str] = "approx-bp"
+    knob: ClassVar[Knob] = Knob.RESIDUAL
+
+    constants: Literal["published", "symmetric"] = "published"
+    min_numel: int = 4096
+
+    def __post_init__(self) -> None:
+        require(
+            self.min_numel >= 1, f"approx-bp: min_numel must be at least 1, got {self.min_numel}"
+        )
+
+    @property
+    def contract(self) -> Contract:
+        """Close, with a bound that both tables keep."""
+        return Close(rtol=1.2)
+
+    def proposals(self, graph: JointGraph) -> Iterable[Candidate | str]:
+        """The gradient at the input of every pointwise activation."""
+        return [self._proposal(activation) for activation in find_activations(graph)]
+
+    def _proposal(self, activation: Activation) -> Candidate | str:
+        if numel(activation.x.meta["val"]) < self.min_numel:
+            return "fewer elements than min_numel"
+        samples = samples_of(activation)
+        name = None if samples is None else _name_of(samples)
+        if samples is None or name is None:
+            return "the paper has constants for GELU and SiLU only; few-bit takes any activation"
+        codes = DerivativeCodes(_BITS)
+        if (obstacle := codes.obstacle(activation)) is not None:
+            return obstacle
+        hinges = HINGES[self.constants][name]
+        table = given_table(samples, hinges.corners, hinges.levels)
+        return slope_candidate(activation, codes, table)
+
+
+def _name_of(samples: Samples) -> str | None:
+    """Which of the two activations a derivative belongs to."""
+    for name, derivative in (("gelu", _gelu_slope), ("silu", _silu_slope)):
+        known = derivative(torch.from_numpy(samples.x)).numpy()
+        if samples.is_finite and abs(samples.h - known).max() < _SAME:
+            return name
+    return None
+
+
+def _gelu_slope(x: torch.Tensor) -> torch.Tensor:
+    below = (1 + torch.erf(x / math.sqrt(2))) / 2
+    return below + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+def _silu_slope(x: torch.Tensor) -> torch.Tensor:
+    gate = torch.sigmoid(x)
+    return gate + x * gate * (1 - gate)
