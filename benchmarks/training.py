@@ -11,6 +11,7 @@ are drawn to `benchmarks/results/training.png`.
 import copy
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,8 +68,7 @@ def main(quick: bool, device: str) -> int:
                 continue
             start = time.perf_counter()
             runs = Runs(task, method)
-            for seed in seeds:
-                _train(runs, passes, seed, device)
+            _train(runs, passes, seeds, device)
             exact = exact or runs
             behind = runs.figure - exact.figure
             table.row(
@@ -104,27 +104,31 @@ def _keeps_up(runs: Runs, exact: Runs) -> bool:
     return behind <= 0.01 * exact.figure
 
 
-def _train(runs: Runs, passes: str, seed: int, device: str) -> None:
+def _train(runs: Runs, passes: str, seeds: Sequence[int], device: str) -> None:
+    """Trains one model from the weights of each seed in turn: it is captured once."""
     torch._dynamo.reset()
     task = runs.task
-    plain = task.build(seed).to(device).train()
+    plain = task.build(0).to(device).train()
     model = gtrans.optimize(copy.deepcopy(plain), passes=passes, backend="eager", on_error="raise")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=task.rate)
-    losses = []
-    for batch in task.batches(seed):
-        loss = model(*(t.to(device) for t in batch))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
+    for seed in seeds:
+        model.load_state_dict(task.build(seed).state_dict())
+        torch.manual_seed(seed)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=task.rate)
+        losses = []
+        for batch in task.batches(seed):
+            loss = model(*(t.to(device) for t in batch))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()))
+        plain.load_state_dict(model.state_dict())
+        runs.losses.append(losses)
+        runs.figures.append(task.held_out(plain))
     report = gtrans.report(model)
     runs.saved_bytes = report.saved_bytes
     runs.rewritten = sum(
         s.stats.rewritten for _, s in report.steps() if s.text.startswith("compress")
     )
-    plain.load_state_dict(model.state_dict())
-    runs.losses.append(losses)
-    runs.figures.append(task.held_out(plain))
 
 
 def draw(found: list[Runs], path: Path) -> None:

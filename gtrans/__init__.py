@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gtrans.accuracy import gradient_error
+    from gtrans.adaptive import adapt
     from gtrans.api import explain, optimize, report, restore, restructure
     from gtrans.contract import (
         Aligned,
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "gtrans.accuracy": ("gradient_error",),
+    "gtrans.adaptive": ("adapt",),
     "gtrans.api": ("explain", "optimize", "report", "restore", "restructure"),
     "gtrans.contract": (
         "Aligned",
@@ -65,7 +69,9 @@ __all__ = [
     "SitePass",
     "Stats",
     "Unbiased",
+    "adapt",
     "explain",
+    "gradient_error",
     "optimize",
     "prune",
     "report",

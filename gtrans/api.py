@@ -17,7 +17,7 @@ from gtrans.explanation import Explanation
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.program import Program, export_program
 from gtrans.memory import Budget
-from gtrans.pipeline import Pipeline
+from gtrans.pipeline import ADMITTED, Pipeline
 from gtrans.plan.planner import Plan
 from gtrans.rewrite.program_module import as_module
 
@@ -57,6 +57,8 @@ def optimize(
             fastest plan under it is chosen at the first call; `docs/memory-budget.md` has the rest.
         allow: the weakest contract to admit ("exact", "close", "unbiased", ...). By default the
             passes named in `passes` are admitted, since you named them; the default ones are exact.
+            With the default passes, "close" and "unbiased" also add those that keep values for the
+            backward in fewer bits (`gtrans.pipeline.ADMITTED`).
         backend: "inductor" or "eager"; falls back to "eager" where no compiler is at hand.
         mode: as for `torch.compile`, such as "max-autotune"; of the backends, "inductor" has modes.
         options: as for `torch.compile`, such as {"max_autotune": True}, instead of a mode. They
@@ -76,9 +78,7 @@ def optimize(
     if on_error not in ("skip", "raise"):
         raise OptionError(f"on_error must be 'skip' or 'raise', got {on_error!r}")
     require_trainable(model)
-    pipeline = planned(passes, skip, memory)
-    if allow is not None:
-        pipeline.require(allow)
+    pipeline = planned(passes, skip, memory, allow)
     look = Look.from_environment()
     pipeline = look.pipeline(pipeline)
     compiler = Compiler(
@@ -139,6 +139,7 @@ def explain(
     passes: str | Pipeline = "default",
     skip: Sequence[str] = (),
     memory: str | int | float | Budget | None = None,
+    allow: str | None = None,
     **keyword_inputs: Any,
 ) -> Explanation:
     """What each pass would do to this model on these inputs, before any step.
@@ -146,12 +147,23 @@ def explain(
     The forward runs once, with torch's own kernels; buffers, random state, gradients and the model
     stay as they are.
 
+    Args:
+        model: the model.
+        inputs: its positional inputs.
+        passes: as for `optimize`.
+        skip: as for `optimize`.
+        memory: as for `optimize`.
+        allow: as for `optimize`.
+        keyword_inputs: its keyword inputs.
+
     Raises:
+        ContractError: a pass promises less than `allow`.
         OptionError: a pass or option is unknown, or the budget cannot be read.
         BudgetError: no plan keeps the step under the budget; says how near one comes.
         ModelError: the model has no trainable parameters, or does not accept the inputs.
     """
-    return explained(model, inputs, keyword_inputs, planned(passes, skip, memory))
+    pipeline = planned(passes, skip, memory, allow)
+    return explained(model, inputs, keyword_inputs, pipeline)
 
 
 def explained(
@@ -209,14 +221,22 @@ def restructure(
 
 
 def planned(
-    passes: str | Pipeline, skip: Sequence[str], memory: str | int | float | Budget | None
+    passes: str | Pipeline,
+    skip: Sequence[str],
+    memory: str | int | float | Budget | None,
+    allow: str | None = None,
 ) -> Pipeline:
     """The pipeline that the arguments of `optimize` describe.
 
     Raises:
+        ContractError: a pass promises less than `allow`.
         OptionError: a pass or option is unknown, or the budget cannot be read or is given twice.
     """
+    if passes == "default" and allow in ADMITTED:
+        passes = f"{ADMITTED[allow]},default"
     pipeline = Pipeline.parse(passes).without(skip)
+    if allow is not None:
+        pipeline.require(allow)
     if memory is None:
         return pipeline
     return Pipeline(Plan.under_budget(pipeline.passes, Budget.parse(memory)))

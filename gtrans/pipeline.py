@@ -38,6 +38,12 @@ AnyGraph = TypeVar("AnyGraph", bound=Graph)
 DEFAULT = "relu-mask,norm-output,dropout-output,bit-masks,plan"
 """The pipeline of `optimize(model)`: exact passes only."""
 
+ADMITTED = {
+    "close": "memory-share,compress{bits=8,rounding=nearest}",
+    "unbiased": "compress",
+}
+"""What `allow=` puts in front of the default passes."""
+
 ALIASES = {"default": DEFAULT, "none": ""}
 
 

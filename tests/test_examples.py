@@ -60,3 +60,14 @@ def test_demo_on_a_small_batch(tmp_path: Path) -> None:
     assert float(losses[2]) < float(losses[1])
     for picture in ("memory.png", "loss.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_compressed_training() -> None:
+    printed = run_example("compressed_training.py")
+    assert "contract   unbiased" in printed
+    rows = re.findall(
+        r"(?m)^(exact|2 bits|3 bits, adapted) +([0-9.]+) MiB +\S+ +([0-9.]+)$", printed
+    )
+    kept = {name: float(size) for name, size, _ in rows}
+    assert kept["2 bits"] < kept["3 bits, adapted"] < 0.5 * kept["exact"]

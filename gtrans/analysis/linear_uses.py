@@ -44,6 +44,13 @@ _FACTORS: dict[Any, tuple[str, ...]] = {
     aten.mv.default: ("self", "vec"),
     aten.mul.Tensor: ("self", "other"),
     aten.convolution_backward.default: ("input", "weight"),
+    # These read no more of it than its shape.
+    aten.max_pool2d_with_indices_backward.default: ("self",),
+    aten.max_pool3d_with_indices_backward.default: ("self",),
+    aten.avg_pool2d_backward.default: ("self",),
+    aten.avg_pool3d_backward.default: ("self",),
+    aten._adaptive_avg_pool2d_backward.default: ("self",),
+    aten._adaptive_avg_pool3d_backward.default: ("self",),
 }
 _ATTENTION = ("value", "out")
 _NORMS = {

@@ -8,14 +8,17 @@ The input of a norm has two independent sets of codes, one for each factor of th
 and what else reads the norm's output reads it made of the first.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import sqrt
 from typing import Any
 
 from torch import fx
 
+from gtrans.analysis.kinks import reads_kink
 from gtrans.analysis.linear_uses import NormUse, Role, Use, norm_use, uses_of
+from gtrans.analysis.rounding import relative_error
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import numel
@@ -24,8 +27,9 @@ from gtrans.runtime.noise import salt_of
 from gtrans.runtime.norm_gradient import NormShape, gradients, normalised, output
 from gtrans.runtime.quantise import Grid, decode, encode
 
-# With so many terms, the noise of a mean over them is small however coarse the codes are.
-_MANY_TERMS = 4096
+# The second copy of a norm's input is read through a mean over many terms only. It has the fewest
+# bits that add less than this share of the first copy's error.
+_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class CodedValue:
         norms: norms whose input it is.
         image_uses: readers of those norms' outputs, affine in them.
         grid: of the codes.
-        second: of the second copy, for norms.
+        second: of the second copy, for norms; None: one copy does.
     """
 
     value: fx.Node
@@ -84,9 +88,10 @@ class CodedValue:
             assert norm.y is not None
             reread(graph, use, norm.y, y)
         for norm in self.norms:
-            assert self.second is not None
-            second = self._decoded(graph, self.second, norm.backward, norm.backward.name)
-            z, other = (_normalised(graph, norm, x) for x in (first, second))
+            z = other = _normalised(graph, norm, first)
+            if self.second is not None:
+                second = self._decoded(graph, self.second, norm.backward, norm.backward.name)
+                other = _normalised(graph, norm, second)
             replace_norm(graph, norm, z, other)
 
     def _decoded(self, graph: JointGraph, grid: Grid, anchor: fx.Node, draw: str) -> fx.Node:
@@ -110,7 +115,12 @@ def cut_edge(trial: JointGraph, reader: fx.Node, operand: fx.Node) -> None:
 
 
 def coded_value(
-    joint: JointGraph, value: fx.Node, grid: Grid, others: Collection[str] = ()
+    joint: JointGraph,
+    value: fx.Node,
+    *,
+    grid: Grid,
+    others: Collection[str] = (),
+    any_reader: bool = False,
 ) -> CodedValue:
     """A value with all the readers that codes would do for; there may be none.
 
@@ -120,9 +130,16 @@ def coded_value(
         grid: how to code it.
         others: names of backward nodes that are taken care of in another way, such as those that
             compute a derivative which has codes of its own.
+        any_reader: code the value also for readers that are not affine in it, if they do not
+            compare it with anything; of a norm's input one copy does then.
     """
     uses = [u for u in uses_of(joint, value) if u.reader.name not in others]
-    plain = tuple(u for u in uses if u.role in (Role.LINEAR, Role.SIGN))
+    taken = {Role.LINEAR, Role.SIGN}
+    plain = tuple(
+        u
+        for u in uses
+        if u.role in taken or (any_reader and u.role is Role.OTHER and not reads_kink(u.reader))
+    )
     norms = tuple(n for u in uses if u.role is Role.NORM and (n := norm_use(u.reader)) is not None)
     images: list[tuple[NormUse, Use]] = []
     for norm in {n.y: n for n in norms if n.y is not None}.values():
@@ -133,10 +150,17 @@ def coded_value(
             if u.role is Role.LINEAR and u.reader.name not in others
         ]
     second = None
-    if norms:
-        many = all(isinstance(n.terms, int) and n.terms >= _MANY_TERMS for n in norms)
-        second = replace(grid, bits=1) if many and grid.salt is not None else grid
+    if norms and not any_reader:
+        second = replace(grid, bits=_second_bits(grid, norms))
     return CodedValue(value, plain, norms, tuple(images), grid, second)
+
+
+def _second_bits(grid: Grid, norms: Sequence[NormUse]) -> int:
+    stochastic = grid.salt is not None
+    terms = min(n.terms if isinstance(n.terms, int) else 1 for n in norms)
+    bound = _SHARE * relative_error(grid.bits, grid.group, stochastic=stochastic) * sqrt(terms)
+    fits = [b for b in (1, 2, 4) if relative_error(b, grid.group, stochastic=stochastic) <= bound]
+    return min([*fits, grid.bits])
 
 
 def reread(graph: JointGraph, use: Use, value: fx.Node, decoded: fx.Node) -> None:

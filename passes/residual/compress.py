@@ -18,8 +18,9 @@ Contract: stochastic is unbiased: every gradient is affine in each coded copy, c
     independent noise, and no gradient made of a value flows into another reader of it. Nearest is
     close at 8 bits and only aligned below. A NaN or infinity spoils its group.
 Needs: nothing of the model. Below 8 bits, and with random rounding, values that any reader is not
-    affine in stay as they are, with the reason: queries and keys, softmax outputs, inputs of
-    activations that are read as they are.
+    affine in stay as they are, with the reason: queries and keys, softmax outputs. Nearest rounding
+    to 8 bits takes those as well, unless their reader compares them with something, and does
+    without codes of derivatives.
 Source: see `gtrans.runtime.quantise`. Norms in two copies, zeros with a code of their own, and one
     choice for values and derivatives together: gtrans. Not done: running range estimates (Mesa),
     bits per sample (ActNN).
@@ -27,6 +28,7 @@ Source: see `gtrans.runtime.quantise`. Norms in two copies, zeros with a code of
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -43,6 +45,7 @@ from gtrans.ir.joint import JointGraph, Placement, tag
 from gtrans.ir.printer import target_name
 from gtrans.ir.sizes import numel
 from gtrans.plan.slopes import slope_candidate
+from gtrans.plan.widths import Widths
 from gtrans.plan.worth import Candidate, PayingPass
 from gtrans.rewrite.coded_values import CodedValue, coded_value
 from gtrans.rewrite.derivative_codes import DerivativeCodes, obstacle_to_levels
@@ -62,6 +65,7 @@ class Compress(PayingPass):
         slope_bits: per element of an activation's derivative, 1 to 4.
         block: side of the blocks of spatial maps whose averages are kept apart; 0 for none.
         min_numel: leave values with fewer elements alone.
+        widths: bits of single values, as `gtrans.adapt` chooses them; the others have `bits`.
     """
 
     name: ClassVar[str] = "compress"
@@ -73,6 +77,7 @@ class Compress(PayingPass):
     slope_bits: int = 2
     block: int = 8
     min_numel: int = 4096
+    widths: Widths | None = None
 
     def __post_init__(self) -> None:
         require(self.bits in (2, 4, 8), f"compress: bits must be 2, 4 or 8, got {self.bits}")
@@ -95,7 +100,8 @@ class Compress(PayingPass):
 
     def proposals(self, graph: JointGraph) -> Iterable[Candidate | str]:
         """Every activation's derivative, and every value that some backward node is affine in."""
-        activations = find_activations(graph)
+        # Eight bits stand for any value, so that no derivative needs codes.
+        activations = [] if self._any_reader else find_activations(graph)
         slopes = [self._slope(a) for a in activations]
         # What computes a derivative that has codes of its own asks for no values.
         others = frozenset(
@@ -109,9 +115,18 @@ class Compress(PayingPass):
         values = [
             n
             for n in graph.nodes
-            if n not in images and _is_value(graph, n) and _has_linear_use(graph, n, others)
+            if n not in images and _is_value(graph, n) and self._has_use(graph, n, others)
         ]
         return [*slopes, *(self._value(graph, n, others) for n in values)]
+
+    @property
+    def _any_reader(self) -> bool:
+        """Whether values are coded for readers that are not affine in them as well."""
+        return self.bits == 8 and self.rounding == "nearest"
+
+    def _has_use(self, graph: JointGraph, value: fx.Node, others: Collection[str]) -> bool:
+        uses = [u for u in uses_of(graph, value) if u.reader.name not in others]
+        return any(u.role in (Role.LINEAR, Role.NORM) or self._any_reader for u in uses)
 
     def _slope(self, activation: Activation) -> Candidate | str:
         if numel(activation.x.meta["val"]) < self.min_numel:
@@ -133,15 +148,19 @@ class Compress(PayingPass):
         grid = self._grid(graph, value)
         if grid is None:
             return "its inner sizes do not divide into groups of a multiple of 8"
-        coded = coded_value(graph, value, grid, others)
-        if (reader := flows_into_another(coded.noisy_readers)) is not None:
+        code = partial(coded_value, grid=grid, others=others, any_reader=self._any_reader)
+        coded = code(graph, value)
+        if not coded.readers:
+            return "its readers compare it with something"
+        reader = None if self._any_reader else flows_into_another(coded.noisy_readers)
+        if reader is not None:
             return (
                 "its noise would multiply with itself: a gradient made of it flows into "
                 f"{target_name(reader)}, which reads it as well"
             )
 
         def rewrite(graph: JointGraph, site: fx.Node) -> None:
-            coded_value(graph, site, grid, others).rewrite(graph)
+            code(graph, site).rewrite(graph)
 
         return Candidate(value, value, coded.bytes, coded.let_go, rewrite, self._note(coded))
 
@@ -156,7 +175,8 @@ class Compress(PayingPass):
         zeros = any(u.role is Role.SIGN for u in uses_of(graph, value))
         block = 0 if zeros else self._side(val)
         salt = 0 if self.rounding == "stochastic" else None
-        return Grid(self.bits, group, order, zeros, block, salt)
+        chosen = None if self.widths is None else self.widths.of(graph, value)
+        return Grid(chosen or self.bits, group, order, zeros, block, salt)
 
     def _side(self, val: torch.Tensor) -> int:
         """The side of the blocks of a spatial map; smaller ones for smaller maps."""
@@ -191,8 +211,3 @@ def _is_value(graph: JointGraph, node: fx.Node) -> bool:
         and tag(node).placement is Placement.AUTO
         and ops.storage_of(node) is node
     )
-
-
-def _has_linear_use(graph: JointGraph, node: fx.Node, others: Collection[str]) -> bool:
-    uses = [u for u in uses_of(graph, node) if u.reader.name not in others]
-    return any(u.role in (Role.LINEAR, Role.NORM) for u in uses)
