@@ -20,7 +20,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
+import numpy as np
+from scipy.special import expit, ndtr
 
 from gtrans.analysis.derivative_tables import Samples, given_table, samples_of
 from gtrans.analysis.pointwise import Activation, find_activations
@@ -115,18 +116,12 @@ class ApproxBP(PayingPass):
 
 def _name_of(samples: Samples) -> str | None:
     """Which of the two activations a derivative belongs to."""
-    for name, derivative in (("gelu", _gelu_slope), ("silu", _silu_slope)):
-        known = derivative(torch.from_numpy(samples.x)).numpy()
-        if samples.is_finite and abs(samples.h - known).max() < _SAME:
-            return name
-    return None
-
-
-def _gelu_slope(x: torch.Tensor) -> torch.Tensor:
-    below = (1 + torch.erf(x / math.sqrt(2))) / 2
-    return below + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-
-
-def _silu_slope(x: torch.Tensor) -> torch.Tensor:
-    gate = torch.sigmoid(x)
-    return gate + x * gate * (1 - gate)
+    if not samples.is_finite:
+        return None
+    x, h = samples.x, samples.h
+    gate = expit(x)
+    known = {
+        "gelu": ndtr(x) + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi),
+        "silu": gate + x * gate * (1 - gate),
+    }
+    return next((name for name, slope in known.items() if abs(h - slope).max() < _SAME), None)
