@@ -20,7 +20,7 @@ from gtrans.comparison import (
     rounding_scale,
 )
 from gtrans.contract import Contract
-from gtrans.errors import BudgetError, ModelError, VerifyError
+from gtrans.errors import BudgetError, GTransError, ModelError, VerifyError
 from gtrans.explanation import Explanation
 from gtrans.ir.half import Backend
 from gtrans.listing import Listing, Shown
@@ -216,7 +216,7 @@ def compare(
             raise ModelError(f"the model does not accept these inputs: {error}") from error
         try:
             with capture_always():
-                actual = training_step(candidate, arguments, loss, seed)
+                actual = _rewritten_step(candidate, arguments, loss, seed)
         except BudgetError as error:
             if dtype is None:
                 raise
@@ -237,6 +237,25 @@ def compare(
             break
     assert explanation is not None
     return Verification(explanation.contract, comparisons, explanation, notes)
+
+
+def _rewritten_step(
+    model: nn.Module, arguments: Any, loss: Loss | None, seed: int
+) -> dict[str, tuple[str, torch.Tensor | None]]:
+    """`training_step` of a model that runs as it was written.
+
+    Raises:
+        VerifyError: what the passes made of it does not run.
+    """
+    try:
+        return training_step(model, arguments, loss, seed)
+    except GTransError:
+        raise
+    except Exception as error:  # whatever the operators of a wrong graph raise
+        raise VerifyError(
+            f"the rewritten step cannot be run: {type(error).__name__}: {error}\n"
+            "  gtrans reduce finds the pass, and the few nodes that it takes"
+        ) from error
 
 
 def private_copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:

@@ -421,6 +421,19 @@ class Raises(OnGradients):
 
 
 @dataclass(frozen=True)
+class Unrunnable(OnGradients):
+    """Claims a view that the values do not allow: shapes fit, and the step raises."""
+
+    name: ClassVar[str] = "unrunnable"
+
+    def edited(self, graph: JointGraph, gradient: fx.Node) -> fx.Node:
+        new = graph.insert_after(gradient, aten.clone.default, gradient)
+        new.target = aten.view.default
+        new.args = (gradient, [gradient.meta["val"].numel() + 1])
+        return new
+
+
+@dataclass(frozen=True)
 class Breaks(OnGradients):
     """Leaves a graph behind in which a forward output depends on a tangent."""
 

@@ -30,7 +30,7 @@ from gtrans.capture import usable_backend
 from gtrans.comparison import Loss
 from gtrans.debugging.numbers import format_numbers
 from gtrans.debugging.recording import Recording
-from gtrans.errors import CaptureError, GTransError, OptionError
+from gtrans.errors import CaptureError, GTransError, OptionError, VerifyError
 from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.half import Backend, Half, Role, Runnable
 from gtrans.ir.joint import JointGraph
@@ -311,6 +311,8 @@ class _Search:
                 )
             else:
                 wrong = not self._compare(Gate(numbers)).ok
+        except VerifyError:
+            wrong = True  # what they make cannot be run
         except GTransError:
             # A pass cannot run with only these rewrites. That says nothing about the gradient.
             wrong = False

@@ -279,7 +279,14 @@ class _Verifier:
             self.untouched[key] = (values, run(before, values, 0))
         values, expected = self.untouched[key]
         terms = max((v.numel() for v in values.values() if isinstance(v, torch.Tensor)), default=1)
-        found = compare(expected, run(after, values, 0), self.pipeline.contract, terms)
+        try:
+            results = run(after, values, 0)
+        except Exception as error:  # whatever the operators of a wrong graph raise
+            raise VerifyError(
+                f"after pass {step.number} {step.text!r} graph {step.graph} cannot be run: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        found = compare(expected, results, self.pipeline.contract, terms)
         wrong = [c for c in found if not c.ok]
         if wrong:
             worst: Comparison = max(wrong, key=lambda c: c.relative)

@@ -15,6 +15,7 @@ from gtrans.capture import Compiler
 from gtrans.core import HELD_BACK
 from gtrans.debugging.case import Written
 from gtrans.debugging.look import Look
+from gtrans.debugging.reduce import failing_case
 from gtrans.errors import OptionError, VerifyError
 from gtrans.pipeline import Gate, Pipeline, Window
 from gtrans.registry import registered
@@ -125,6 +126,19 @@ def test_the_first_wrong_pass_is_named() -> None:
         looked("relu-mask,wrong-scale{at=1},plan", Look(verify_each="grads"))
     with pytest.raises(VerifyError, match="after pass 1 'wrong-forward'"):
         looked("wrong-forward,plan", Look(verify_each="grads"))
+
+
+def test_a_graph_that_cannot_be_run_is_found() -> None:
+    model, x = layers()
+    with registered(wrong.Unrunnable):
+        message = "after pass 1 'unrunnable' graph 0 cannot be run: RuntimeError"
+        with pytest.raises(VerifyError, match=message):
+            looked("unrunnable,plan", Look(verify_each="grads"))
+        with pytest.raises(VerifyError, match="the rewritten step cannot be run: RuntimeError"):
+            gtrans.verify(model, x, passes="unrunnable,plan")
+        failure = failing_case(model, (x,), {}, Pipeline.parse("unrunnable,plan")).failure
+    assert failure is not None
+    assert (failure.kind, failure.passes) == ("raises", ("unrunnable",))
 
 
 def test_false_shapes_are_found() -> None:
