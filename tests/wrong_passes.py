@@ -422,15 +422,15 @@ class Raises(OnGradients):
 
 @dataclass(frozen=True)
 class Unrunnable(OnGradients):
-    """Claims a view that the values do not allow: shapes fit, and the step raises."""
+    """Takes elements that do not exist: shapes fit, and the step raises."""
 
     name: ClassVar[str] = "unrunnable"
 
     def edited(self, graph: JointGraph, gradient: fx.Node) -> fx.Node:
-        new = graph.insert_after(gradient, aten.clone.default, gradient)
-        new.target = aten.view.default
-        new.args = (gradient, [gradient.meta["val"].numel() + 1])
-        return new
+        far = graph.insert_after(
+            gradient, aten.full_like.default, gradient, 2**40, dtype=torch.int64
+        )
+        return graph.insert_after(far, aten.take.default, gradient, far)
 
 
 @dataclass(frozen=True)

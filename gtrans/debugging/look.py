@@ -321,8 +321,14 @@ def _check_shapes(graph: StepGraph) -> None:
             return made_here
 
     inputs = [value(n) for n in graph.graph.find_nodes(op="placeholder")]
-    with mode, torch.no_grad():
-        Claims(graph.module).run(*inputs, enable_io_processing=False)
+    try:
+        with mode, torch.no_grad():
+            Claims(graph.module).run(*inputs, enable_io_processing=False)
+    except VerifyError:
+        raise
+    except Exception as error:  # whatever the operators of a wrong graph raise
+        reason = str(error).partition("\n")[0]
+        raise VerifyError(f"the graph cannot be run: {type(error).__name__}: {reason}") from error
 
 
 def _shape(val: Any) -> str:
