@@ -131,10 +131,10 @@ def test_the_first_wrong_pass_is_named() -> None:
 def test_a_graph_that_cannot_be_run_is_found() -> None:
     model, x = layers()
     with registered(wrong.Unrunnable):
-        message = "after pass 1 'unrunnable' graph 0 cannot be run: .*Error"
+        message = "after pass 1 'unrunnable' graph 0 cannot be run: "
         with pytest.raises(VerifyError, match=message):
             looked("unrunnable,plan", Look(verify_each="grads"))
-        with pytest.raises(VerifyError, match="the rewritten step cannot be run: .*Error"):
+        with pytest.raises(VerifyError, match="the rewritten step cannot be run: "):
             gtrans.verify(model, x, passes="unrunnable,plan")
         failure = failing_case(model, (x,), {}, Pipeline.parse("unrunnable,plan")).failure
     assert failure is not None
