@@ -10,7 +10,8 @@ from gtrans.ir.printer import to_code
 from gtrans.ir.sizes import shape_text
 from gtrans.pipeline import Graph
 
-_NUMBER = re.compile(r"_?\d+")
+# A node's own name and its arguments' names; not operators, dtypes, constants and shapes.
+_NAMES = re.compile(r"(?<![\w.'])[a-z]\w*(?![\w.'(]|=\S)")
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Hunk:
 
     Attributes:
         lines: the sign ("+", "-" or " ") and the text of each.
-        count: how many hunks differ from this one in numbers only, itself included.
+        count: how many hunks differ from this one in the names of nodes only, itself included.
     """
 
     lines: tuple[tuple[str, str], ...]
@@ -64,6 +65,11 @@ def hunks(before: Sequence[str], after: Sequence[str], *, context: int = 1) -> l
             else:
                 lines += [("-", line) for line in before[first:last]]
                 lines += [("+", line) for line in after[start:end]]
-        key = tuple((sign, _NUMBER.sub("", text)) for sign, text in lines)
+        key = tuple((sign, _nameless(text)) for sign, text in lines)
         folded.setdefault(key, []).append(tuple(lines))
     return [Hunk(same[0], len(same)) for same in folded.values()]
+
+
+def _nameless(line: str) -> str:
+    code, hash_sign, comment = line.partition("  # ")
+    return _NAMES.sub("", code) + hash_sign + comment

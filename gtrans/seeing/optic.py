@@ -170,9 +170,13 @@ def _members(joint: JointGraph, name: str) -> tuple[list[fx.Node], list[fx.Node]
         raise OptionError(f"no module or node of this graph is called {name!r}{_near(name, known)}")
     regions = {tag(n).region for n in chosen if tag(n).side is Side.FORWARD} - {None}
     every = {*chosen, *(n for n in calls if tag(n).region in regions)}
-    for node in calls:  # sums of cotangents, and what passes made, belong to no module
+    read = {s for n in every if runs_in(n) is Side.BACKWARD for s in ops.tensor_inputs(n)}
+    for node in calls:
         inputs = [n for n in ops.tensor_inputs(node) if n.op != "placeholder"]
-        if (tag(node).accumulates or tag(node).made_by) and inputs and every.issuperset(inputs):
+        # A sum of cotangents belongs to no module: to the region that makes or reads its terms.
+        summed = tag(node).accumulates and any(n in every for n in inputs)
+        made = tag(node).region is None and bool(tag(node).made_by) and bool(inputs)
+        if (summed and every.issuperset(set(inputs) - read)) or (made and every.issuperset(inputs)):
             every.add(node)
     members = [n for n in calls if n in every]
     forward = [n for n in members if runs_in(n) is Side.FORWARD]
@@ -294,8 +298,8 @@ def _residual(top: int, bottom: int, nodes: Sequence[fx.Node]) -> Iterator[str]:
         x = _LEFT + _BOX * (number + 1) / (len(labels) + 1)
         y = top + 22 + (bottom - top - 40) * number / max(1, len(labels) - 1)
         yield f'<path class="residual" marker-end="url(#tip)" d="M{x:.0f} {top} V{bottom}"/>'
-        size = f", {sizes[number]}" if number < len(sizes) else ""
-        yield _text(_LEFT + _BOX + 14, y, f"r: {label}{size}", "bytes")
+        size = f"{sizes[number]} " if number < len(sizes) else ""
+        yield _text(_LEFT + _BOX + 14, y, f"r: {size}{label}"[:42], "bytes")
         lead = f"M{x:.0f} {y - 4:.0f} H{_LEFT + _BOX + 10}"
         yield f'<path class="wire" stroke-dasharray="2 4" d="{lead}"/>'
 

@@ -143,6 +143,22 @@ def test_hunks(before: list[str], after: list[str], expected: list[tuple[str, ..
     assert bool(found) is bool(expected)
 
 
+@pytest.mark.parametrize(
+    ("second", "count"),
+    [
+        ("< mm_9 = aten.mm.default(t_2, add[0])  # f32[4]  <- plan", 2),
+        ("< mm_9 = aten.mm.default(t_2, add[1])  # f32[4]  <- plan", 1),  # another constant
+        ("< mm_9 = aten.bmm.default(t_2, add[0])  # f32[4]  <- plan", 1),  # another operator
+        ("< mm_9 = aten.mm.default(t_2, add[0])  # f32[8]  <- plan", 1),  # another shape
+    ],
+)
+def test_changes_are_equal_but_for_names(second: str, count: int) -> None:
+    first = "< x = aten.mm.default(y_1, mul_3[0])  # f32[4]  <- plan"
+    around = [f"| {letter}" for letter in "abcdef"]
+    found = hunks(around, [around[0], first, *around[1:5], second, around[5]], context=0)
+    assert [h.count for h in found] == ([2] if count == 2 else [1, 1])
+
+
 # ---------------------------------------------------------------------------- in a browser
 
 ACTIONS = Path(__file__).with_name("page_actions.js").read_text()
