@@ -140,6 +140,7 @@ def explain(
     skip: Sequence[str] = (),
     memory: str | int | float | Budget | None = None,
     allow: str | None = None,
+    dynamic: bool | None = None,
     **keyword_inputs: Any,
 ) -> Explanation:
     """What each pass would do to this model on these inputs, before any step.
@@ -154,6 +155,8 @@ def explain(
         skip: as for `optimize`.
         memory: as for `optimize`.
         allow: as for `optimize`.
+        dynamic: True leaves the sizes of the inputs open, for `Explanation.formulas` and
+            `Explanation.largest`. Sizes that are equal are taken to be the same dimension.
         keyword_inputs: its keyword inputs.
 
     Raises:
@@ -163,17 +166,22 @@ def explain(
         ModelError: the model has no trainable parameters, or does not accept the inputs.
     """
     pipeline = planned(passes, skip, memory, allow)
-    return explained(model, inputs, keyword_inputs, pipeline)
+    return explained(model, inputs, keyword_inputs, pipeline, dynamic=dynamic)
 
 
 def explained(
-    model: nn.Module, inputs: Sequence[Any], keyword_inputs: dict[str, Any], pipeline: Pipeline
+    model: nn.Module,
+    inputs: Sequence[Any],
+    keyword_inputs: dict[str, Any],
+    pipeline: Pipeline,
+    *,
+    dynamic: bool | None = None,
 ) -> Explanation:
     """`explain` with a ready pipeline."""
     require_trainable(model)
     compiler = Compiler(pipeline, "eager", skip_failures=False)
     compiler.resident = Resident.of(model)
-    capture(model, compiler, inputs, keyword_inputs)
+    capture(model, compiler, inputs, keyword_inputs, dynamic=dynamic)
     return Explanation(compiler.pipeline, compiler.captured)
 
 
@@ -243,7 +251,12 @@ def planned(
 
 
 def capture(
-    model: nn.Module, compiler: Compiler, inputs: Sequence[Any], keyword_inputs: dict[str, Any]
+    model: nn.Module,
+    compiler: Compiler,
+    inputs: Sequence[Any],
+    keyword_inputs: dict[str, Any],
+    *,
+    dynamic: bool | None = None,
 ) -> Any:
     """Runs one forward of a model through a compiler and leaves no trace in the model.
 
@@ -254,7 +267,7 @@ def capture(
         ModelError: the model does not accept the inputs.
         GTransError: a pass failed.
     """
-    run = compiled_call(model, compiler)
+    run = compiled_call(model, compiler, dynamic=dynamic)
     with unchanged(model), torch.enable_grad(), capture_always():
         try:
             output = run(*inputs, **keyword_inputs)

@@ -1,20 +1,26 @@
 """What the passes did or would do to a model, to print, to read by program, or to show."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import sympy
+
+from gtrans.analysis.closed_form import ClosedForm, largest
+from gtrans.analysis.cost import bytes_of
 from gtrans.analysis.liveness import Liveness, simulate
 from gtrans.analysis.schedule import schedule_of
 from gtrans.contract import Contract, compose_all
+from gtrans.errors import OptionError
 from gtrans.ir.sizes import human
 from gtrans.ir.source import common_path
 from gtrans.listing import Listing, Shown
 from gtrans.pipeline import Pipeline, Step
 from gtrans.plan.budget import plain_liveness
+from gtrans.plan.cut import read_directly
 from gtrans.plan.planner import Plan
-from gtrans.plan.saved import SavedValue
+from gtrans.plan.saved import SavedValue, saved_storages
 from gtrans.seeing.listings import passes_listing, saved_listing
 from gtrans.seeing.missed import MissedRow, missed_rows
 from gtrans.seeing.timeline import Timeline, timeline_of
@@ -151,6 +157,72 @@ class Explanation(Shown):
         """The memory budget in bytes, if there is one."""
         plans = [p for p in self.pipeline.passes if isinstance(p, Plan) and p.memory is not None]
         return plans[-1].memory.in_bytes(self.plain_peak) if plans and plans[-1].memory else None
+
+    @cached_property
+    def closed_forms(self) -> list[ClosedForm]:
+        """The step of every training graph as a function of its dynamic dimensions."""
+        graphs = [c.rewritten for c in self.training if c.rewritten]
+        return [ClosedForm(g, v) for g, v in zip(graphs, self.liveness, strict=True)]
+
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """The dynamic dimensions by name, and the sizes that were captured."""
+        return {k: v for form in self.closed_forms for k, v in form.dimensions.items()}
+
+    @property
+    def formulas(self) -> dict[str, sympy.Expr]:
+        """Bytes and operations in terms of the dynamic dimensions (`explain(..., dynamic=True)`).
+
+        "saved" is what is kept for the backward, "saved_before" what autograd would keep, "peak"
+        what is in memory where the step peaks at the captured sizes, without kernels' workspace
+        and what other graphs hold, and "flops" the operations of a step.
+        """
+        forms, records = self.closed_forms, [c for c in self.training if c.rewritten]
+        zero = sympy.S.Zero
+        saved, before = zero, zero
+        for form, c in zip(forms, records, strict=True):
+            assert c.rewritten is not None
+            assert c.original is not None
+            saved += form.saved(saved_storages(c.rewritten, c.rewritten.cut or ()))
+            before += form.saved(saved_storages(c.original, read_directly(c.original)))
+        highest = max(range(len(forms)), key=lambda i: self.liveness[i].peak)
+        return {
+            "saved": sympy.expand(saved),
+            "saved_before": sympy.expand(before),
+            "peak": forms[highest].at_peak(),
+            "flops": sympy.expand(sum((f.flops() for f in forms), zero)),
+        }
+
+    def largest(self, dimension: str, memory: str | int) -> int:
+        """The largest size of a dynamic dimension whose step fits, the others as captured.
+
+        Args:
+            dimension: one of `dimensions`.
+            memory: bytes ("80GiB"), or the name of a device whose memory is known ("h100").
+
+        Raises:
+            OptionError: there is no such dimension, the memory cannot be read, or nothing fits.
+        """
+        if dimension not in self.dimensions:
+            known = f"; it has {', '.join(self.dimensions)}" if self.dimensions else ""
+            raise OptionError(
+                f"the captured step has no dynamic dimension {dimension!r}{known}. "
+                "gtrans.explain(model, *inputs, dynamic=True) leaves the sizes of inputs open"
+            )
+        return largest(lambda size: self.peak_at({dimension: size}), bytes_of(memory), dimension)
+
+    def peak_at(self, sizes: Mapping[str, int]) -> int:
+        """The predicted peak of the same plan at other sizes of the dynamic dimensions."""
+        held = [c.rewritten.surroundings.held_bytes for c in self.training if c.rewritten]
+        return max(f.peak(sizes) + h for f, h in zip(self.closed_forms, held, strict=True))
+
+    def fits(self, memory: str | int) -> bool:
+        """Whether the predicted peak stays within some bytes, or the memory of a named device.
+
+        Raises:
+            OptionError: it is neither.
+        """
+        return self.peak <= bytes_of(memory)
 
     @property
     def contract(self) -> Contract:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+os.environ["GTRANS_CACHE"] = "off"  # tests that are about what is kept on disk say where
 hypothesis.settings.register_profile(
     "ci", derandomize=True, deadline=None, max_examples=25, print_blob=True
 )

@@ -14,21 +14,26 @@ of the dynamic dimensions alike:
 Source: the usual counts (as torch.utils.flop_counter); roofline: Williams et al. 2009.
 """
 
+import hashlib
+import platform
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
+from gtrans.analysis import kept
 from gtrans.errors import OptionError, did_you_mean
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import expression, hint
+from gtrans.memory import Budget
 
 aten = torch.ops.aten
 
@@ -59,11 +64,11 @@ class Device:
 
 
 # Vendors' data sheets (dense products, no sparsity); the launch cost is a common figure for torch.
-# "cpu" is one ordinary core; `measured_cpu` replaces it by a measurement.
+# "cpu" is one ordinary core; `calibrated_cpu` replaces it by a measurement.
 DEVICES = {
     d.name: d
     for d in (
-        Device("cpu", 1.0e10, 5.0e10, 2.5e10, 2e-6),
+        Device("cpu", 4.0e10, 1.0e11, 5.0e10, 3e-6),
         Device("t4", 3.2e11, 8.1e12, 6.5e13, memory_bytes=16 * 10**9),
         Device("l4", 3.0e11, 3.03e13, 1.21e14, memory_bytes=24 * 10**9),
         Device("rtx4090", 1.008e12, 8.26e13, 1.65e14, memory_bytes=24 * 10**9),
@@ -85,6 +90,22 @@ def device_named(name: str) -> Device:
     return DEVICES[name]
 
 
+def bytes_of(memory: str | int) -> int:
+    """Reads an amount of memory: "80GiB", a number of bytes, or the name of a device.
+
+    Raises:
+        OptionError: it is none of these; a share of something unknown is none either.
+    """
+    if isinstance(memory, str) and memory in DEVICES:
+        if not DEVICES[memory].memory_bytes:
+            raise OptionError(f"how much memory {memory!r} has is not known; give it in bytes")
+        return DEVICES[memory].memory_bytes
+    budget = Budget.parse(memory)
+    if budget.bytes is None:
+        raise OptionError(f"{memory!r} is a share; give bytes ('80GiB') or a device ('h100')")
+    return budget.bytes
+
+
 def device_of(joint: JointGraph) -> Device:
     """The device that a graph's tensors are on; of an unknown GPU, a like one."""
     for node in joint.primals:
@@ -92,18 +113,45 @@ def device_of(joint: JointGraph) -> Device:
         if isinstance(val, torch.Tensor) and val.device.type == "cuda":
             name = torch.cuda.get_device_name(val.device).lower().replace(" ", "")
             return next((d for d in DEVICES.values() if d.name in name), DEVICES["a100"])
-    return DEVICES["cpu"]
+    return calibrated_cpu()
+
+
+def calibrated_cpu() -> Device:
+    """This machine's CPU as it was measured once; of a general one where nothing is kept on disk.
+
+    Without the measurement kept, two runs on one machine could plan differently.
+    """
+    if kept.folder() is None:
+        return DEVICES["cpu"]
+    threads = torch.get_num_threads()
+    key = hashlib.sha256(f"{platform.processor()} {_model_name()} {threads}".encode()).hexdigest()
+    known = kept.load("devices", key)
+    try:
+        return Device(**known)
+    except TypeError:
+        found = measured_cpu()
+        kept.save("devices", key, asdict(found))
+        return found
+
+
+def _model_name() -> str:
+    """What Linux calls the processor; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith("model name")), "")
 
 
 @cache
 def measured_cpu() -> Device:
-    """This machine's CPU, by a product and a copy that take a few milliseconds each."""
+    """This machine's CPU, by products and copies that take a tenth of a second together."""
     a = torch.ones(384, 384)
     big = torch.ones(1 << 21)
-    product_s = min(_seconds(lambda: a @ a) for _ in range(3))
-    copy_s = min(_seconds(lambda: big.add(1.0)) for _ in range(3))
+    product_s = min(_seconds(lambda: a @ a) for _ in range(10))
+    copy_s = min(_seconds(lambda: big.add(1.0)) for _ in range(10))
     small = torch.ones(1)
-    launch_s = min(_seconds(lambda: small.add(1.0)) for _ in range(20))
+    launch_s = min(_seconds(lambda: small.add(1.0)) for _ in range(100))
     flops = 2 * 384**3 / product_s
     return Device("cpu", 2 * big.nbytes / copy_s, flops, flops / 2, launch_s)
 

@@ -14,6 +14,7 @@ Source: the reference counts of the eager backend; tests replay the graph on rea
 """
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -44,6 +45,21 @@ class Alive:
     role: str
 
 
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A storage over the whole step.
+
+    Attributes:
+        value: the (fake) tensor that it was allocated for.
+        born: number of the task that allocates it; 0 for constants.
+        last: number of the last task that needs it; the number of tasks if the step's end does.
+    """
+
+    value: Any
+    born: int
+    last: int
+
+
 @dataclass(frozen=True)
 class Liveness:
     """The memory of one schedule.
@@ -58,6 +74,7 @@ class Liveness:
     timeline: tuple[int, ...]
     constant_bytes: int
     _storages: "_Storages"
+    _workspaces: Mapping[fx.Node, int]
 
     @cached_property
     def peak(self) -> int:
@@ -78,6 +95,26 @@ class Liveness:
     def at_boundary(self) -> int:
         """Bytes in memory between forward and backward, constants included."""
         return self._at(self.schedule.boundary - 0.5)
+
+    def storages(self) -> Iterator[Storage]:
+        """Every storage of the step, in the order of allocation."""
+        constants = self.schedule.constants
+        for ((owner, _), value), last in zip(
+            self._storages.valued(), self._storages.last, strict=True
+        ):
+            yield Storage(value, 0 if owner in constants else owner, last)
+
+    def workspace(self) -> dict[int, int]:
+        """Bytes that kernels take while they run, by task; tasks without any are left out."""
+        known = self._workspaces
+        return {i: known[t.node] for i, t in enumerate(self.schedule.tasks) if t.node in known}
+
+    def saved(self) -> Iterator[tuple[fx.Node, int]]:
+        """What lives from the forward into the backward, outputs and constants apart."""
+        schedule, end = self.schedule, len(self.schedule.tasks)
+        for (owner, size), last in zip(self._storages.owners, self._storages.last, strict=True):
+            if owner < schedule.boundary <= last < end and owner not in schedule.constants:
+                yield schedule.tasks[owner].node, size
 
     def alive(self, task: int | None = None) -> list[Alive]:
         """What is in memory while a task runs (by default the one at the peak), largest first."""
@@ -134,7 +171,7 @@ def simulate(schedule: Schedule, extra: Mapping[fx.Node, int] | None = None) -> 
     if extra is None:
         extra = workspaces(dict.fromkeys(t.node for t in schedule.tasks))
     timeline = tuple(h + extra.get(t.node, 0) for h, t in zip(held, schedule.tasks, strict=True))
-    return Liveness(schedule, timeline, constant, storages)
+    return Liveness(schedule, timeline, constant, storages, extra)
 
 
 class _Storages:
@@ -145,15 +182,32 @@ class _Storages:
         self.last: list[int] = []
         self._held: list[tuple[int, ...]] = []
         self._tasks = schedule.tasks
-        for number, task in enumerate(schedule.tasks):
-            for read in task.reads:
-                for storage in self._held[read]:
-                    self.last[storage] = number
-            self._held.append(self._result(number, task))
+        known: _Storages | None = schedule.forward.shared.get(_FACTS)
+        if known is None:
+            self._run(0, schedule.boundary)
+            schedule.forward.shared[_FACTS] = self._copied()
+        else:
+            known._copied(self)
+        self._run(schedule.boundary, len(schedule.tasks))
         end = len(schedule.tasks)
         for number in schedule.kept:
             for storage in self._held[number]:
                 self.last[storage] = end
+
+    def _copied(self, into: "_Storages | None" = None) -> "_Storages":
+        """Lists of its own for what is known so far."""
+        into = copy(self) if into is None else into
+        into.owners, into.last, into._held = list(self.owners), list(self.last), list(self._held)
+        return into
+
+    def _run(self, start: int, end: int) -> None:
+        held, last = self._held, self.last
+        for number in range(start, end):
+            task = self._tasks[number]
+            for read in task.reads:
+                for storage in held[read]:
+                    last[storage] = number
+            held.append(self._result(number, task))
 
     def valued(self) -> Iterator[tuple[tuple[int, int], Any]]:
         """Every storage with the (fake) tensor that it was allocated for."""

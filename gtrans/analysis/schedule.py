@@ -9,6 +9,7 @@ same node, so that plans can be compared without writing each of them into a gra
 
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -18,8 +19,7 @@ from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import numel
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """One run of a node.
 
     Attributes:
@@ -47,6 +47,7 @@ class Schedule:
         kept: tasks whose values stay alive to the end: constants, outputs, the
             seed of the backward, gradients.
         cut: what is kept for the backward, in graph order.
+        forward: the tasks of the forward half; the same object in schedules that share it.
     """
 
     tasks: list[Task]
@@ -54,6 +55,7 @@ class Schedule:
     constants: frozenset[int]
     kept: frozenset[int]
     cut: tuple[fx.Node, ...]
+    forward: "Forward"
 
     @property
     def again(self) -> list[Task]:
@@ -82,12 +84,40 @@ def schedule_of(joint: JointGraph) -> Schedule:
         if node in needed or (joint.is_backward(node) and ops.mutates(node)):
             reads = []
             for source in ops.tensor_inputs(node):
-                number = made.get(source, builder.at_hand(source))
+                number = made.get(source, builder.at_hand.get(source))
                 assert number is not None  # what is not kept is needed, and so made before
                 reads.append(number)
             made[node] = builder.append(Task(node, tuple(reads), again=joint.is_forward(node)))
-    gradients = [made.get(g, builder.at_hand(g)) for g in joint.gradients if g is not None]
+    gradients = [made.get(g, builder.at_hand.get(g)) for g in joint.gradients if g is not None]
     return builder.finish([g for g in gradients if g is not None])
+
+
+# Forward halves that are kept for schedules to come.
+_HALVES = 16
+
+
+class Forward:
+    """The tasks of a forward half, which many schedules of one graph have in common.
+
+    Attributes:
+        tasks: placeholders and calls, in order.
+        made: the task that makes each value.
+        constants: those that hold what was in memory before.
+        outputs: tasks whose values the caller gets.
+        shared: what analyses find out about these tasks, once for all schedules.
+    """
+
+    def __init__(self, index: "Index", needed: Container[fx.Node]) -> None:
+        self.tasks: list[Task] = []
+        self.made: dict[fx.Node, int] = {}
+        for node in index.forward:
+            if node in needed:
+                self.made[node] = len(self.tasks)
+                reads = tuple([self.made[n] for n in index.inputs[node]])
+                self.tasks.append(Task(node, reads))
+        self.constants = {n: i for n, i in self.made.items() if n.op in ("placeholder", "get_attr")}
+        self.outputs = [self.made[o] for o in index.outputs if o in self.made]
+        self.shared: dict[str, Any] = {}
 
 
 class Index:
@@ -113,6 +143,18 @@ class Index:
         effects = [n for n in self.forward if ops.mutates(n)]
         self.always: set[fx.Node] = set(joint.primals)
         self.add_ancestors([*self.outputs, *effects], self.always)
+        self._halves: dict[frozenset[fx.Node], Forward] = {}
+
+    def forward_half(self, cut: Iterable[fx.Node]) -> "Forward":
+        """The forward that makes outputs and a cut; most cuts of a graph need the same nodes."""
+        extra: set[fx.Node] = set(self.always)
+        self.add_ancestors([n for n in cut if n not in self.always], extra)
+        key = frozenset(extra - self.always) if len(extra) > len(self.always) else frozenset()
+        if key not in self._halves:
+            if len(self._halves) >= _HALVES:
+                self._halves.clear()
+            self._halves[key] = Forward(self, extra)
+        return self._halves[key]
 
     def add_ancestors(
         self, roots: Iterable[fx.Node], found: set[fx.Node], stop: Container[fx.Node] = ()
@@ -140,31 +182,23 @@ class Builder:
         self.index = index
         self.tasks: list[Task] = []
         self.boundary = 0
-        self._at_hand: dict[fx.Node, int] = {}
-        self._constants: frozenset[int] = frozenset()
+        self.at_hand: dict[fx.Node, int] = {}
+        self._forward: Forward | None = None
         self._cut: tuple[fx.Node, ...] = ()
 
     def add_forward(self, cut: Iterable[fx.Node]) -> None:
-        """Adds placeholders and the forward half that makes outputs and the cut."""
-        index = self.index
-        made: dict[fx.Node, int] = {}
-        self._cut = tuple(cut)
-        needed = set(index.always)
-        index.add_ancestors(self._cut, needed)
-        for node in index.forward:
-            if node in needed:
-                made[node] = self.append(Task(node, tuple([made[n] for n in index.inputs[node]])))
-        constants = [n for n in made if n.op in ("placeholder", "get_attr")]
-        self._constants = frozenset(made[n] for n in constants)
-        self._outputs = [made[o] for o in index.outputs if o in made]
-        self.boundary = len(self.tasks)
-        self._at_hand = {n: made[n] for n in (*self._cut, *constants) if n in made}
-        for node in index.tangents:
-            self._at_hand[node] = self.append(Task(node, ()))
+        """Adds placeholders and the forward half that makes outputs and the cut.
 
-    def at_hand(self, node: fx.Node) -> int | None:
-        """The task whose value the backward may read without doing anything for it."""
-        return self._at_hand.get(node)
+        After it, `at_hand` has the task of every value that the backward may read as it is.
+        """
+        self._cut = tuple(cut)
+        self._forward = forward = self.index.forward_half(self._cut)
+        self.tasks = list(forward.tasks)
+        self.boundary = len(self.tasks)
+        self.at_hand = dict(forward.constants)
+        self.at_hand.update((n, forward.made[n]) for n in self._cut if n in forward.made)
+        for node in self.index.tangents:
+            self.at_hand[node] = self.append(Task(node, ()))
 
     def append(self, task: Task) -> int:
         """Adds a task; returns its number."""
@@ -173,7 +207,9 @@ class Builder:
 
     def finish(self, gradients: Iterable[int]) -> Schedule:
         """The schedule, given the tasks that hold gradients."""
+        assert self._forward is not None
         # `loss.backward()` holds the one number that it starts from.
-        seeds = [self._at_hand[n] for n in self.index.tangents if numel(n.meta["val"]) == 1]
-        kept = frozenset((*self._constants, *self._outputs, *seeds, *gradients))
-        return Schedule(self.tasks, self.boundary, self._constants, kept, self._cut)
+        seeds = [self.at_hand[n] for n in self.index.tangents if numel(n.meta["val"]) == 1]
+        constants = frozenset(self._forward.constants.values())
+        kept = frozenset((*constants, *self._forward.outputs, *seeds, *gradients))
+        return Schedule(self.tasks, self.boundary, constants, kept, self._cut, self._forward)

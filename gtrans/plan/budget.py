@@ -21,9 +21,9 @@ from gtrans.ir.source import location
 from gtrans.memory import Budget
 from gtrans.plan.alive import alive_rows, listed
 from gtrans.plan.cut import read_directly
-from gtrans.plan.front import Candidate, Front
+from gtrans.plan.front import Front
 from gtrans.plan.realise import write
-from gtrans.plan.rebuild import Choice, Rebuilder
+from gtrans.plan.rebuild import Candidate, Choice, Rebuilder
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def fit(joint: JointGraph, budget: Budget, device: Device) -> Fit:
     around = joint.surroundings
     plain = around.plain_peak or plain_liveness(joint).peak + around.held_bytes
     limit = budget.in_bytes(plain)
-    front = Front(joint, device)
+    front = Front(joint, device, stored=True)
     best = front.best()
     smallest: tuple[int, Candidate] | None = None
     for candidate in best:

@@ -22,10 +22,10 @@ project selection (Picard 1976), which torch's lacks.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 from torch import fx
@@ -61,10 +61,31 @@ def minimum_cut(joint: JointGraph, cost: RecomputeCost) -> tuple[fx.Node, ...]:
     Raises:
         PlanError: what passes fixed cannot be kept, such as rebuilding a random draw.
     """
-    network = _Network(joint)
-    for node in network.values:
-        network.add(node, cost)
-    return used_by_backward(joint, network.kept(network.solve()))
+    return Cutter(joint).cut(cost)
+
+
+class Cutter:
+    """Minimum cuts of one graph at several prices.
+
+    Args:
+        joint: the graph to cut; it is not changed, and must not change meanwhile.
+    """
+
+    def __init__(self, joint: JointGraph) -> None:
+        self.joint = joint
+        self._read = _read_by_backward(joint)
+        self._network = _Network(joint)
+        for node in self._network.values:
+            self._network.add(node)
+
+    def cut(self, cost: RecomputeCost) -> tuple[fx.Node, ...]:
+        """The values to keep for the backward, in graph order, as `minimum_cut` has them.
+
+        Raises:
+            PlanError: what passes fixed cannot be kept.
+        """
+        network = self._network
+        return _reached(self.joint, self._read, network.kept(network.solve(cost)))
 
 
 def cut_with_substitutes(
@@ -88,24 +109,36 @@ def cut_with_substitutes(
     """
     network = _Network(joint)
     for node in network.values:
-        network.add(node, cost)
+        network.add(node)
     wanted = list(substitutes)
     for node, price in wanted:
         network.want(node, price)
-    reached = network.solve()
+    reached = network.solve(cost)
     forgone = frozenset(n for n, _ in wanted if network.lacks(n, reached))
     return network.kept(reached), forgone
 
 
 def used_by_backward(joint: JointGraph, cut: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
     """The values of a cut that the backward reads, itself or to compute others again."""
+    return _reached(joint, _read_by_backward(joint), cut)
+
+
+def _read_by_backward(joint: JointGraph) -> list[fx.Node]:
+    read = {s for n in joint.graph.nodes if joint.is_backward(n) for s in n.all_input_nodes}
+    read.update(g for g in joint.gradients if g is not None)
+    return [n for n in read if joint.is_forward(n)]
+
+
+def _reached(
+    joint: JointGraph, roots: Iterable[fx.Node], cut: Iterable[fx.Node]
+) -> tuple[fx.Node, ...]:
+    """The values of a cut that some forward values are, or are computed from."""
     kept = set(cut)
-    pending = [s for n in joint.graph.nodes if joint.is_backward(n) for s in n.all_input_nodes]
-    pending += [g for g in joint.gradients if g is not None]
+    pending = list(roots)
     seen: set[fx.Node] = set()
     while pending:
         node = pending.pop()
-        if node not in seen and joint.is_forward(node):
+        if node not in seen:
             seen.add(node)
             pending += [] if node in kept else recipe(joint, node)
     return tuple(n for n in cut if n in seen)
@@ -177,13 +210,6 @@ def backward_only(joint: JointGraph) -> set[fx.Node]:
     return late
 
 
-@dataclass(frozen=True)
-class _Edge:
-    start: int
-    end: int
-    capacity: float
-
-
 class _Network:
     """The flow network of one joint graph: node 0 is the start, 1 the end, then in/out pairs."""
 
@@ -191,22 +217,27 @@ class _Network:
         self.joint = joint
         self.values = [n for n in joint.graph.nodes if joint.is_forward(n) and not ops.is_symbol(n)]
         self.index = {n: 2 + 2 * i for i, n in enumerate(self.values)}
-        self.edges: list[_Edge] = []
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        self.capacities: list[float] = []
+        self._priced: list[tuple[fx.Node, int]] = []
         self.needed = {g for g in joint.gradients if g is not None and joint.is_forward(g)}
         self.made_of_what_they_rebuild = made_of_what_they_rebuild(joint)
         self.overwritten = {storage_of(n.all_input_nodes[0]) for n in self.values if ops.mutates(n)}
         self.late = backward_only(joint)
 
-    def add(self, node: fx.Node, cost: RecomputeCost) -> None:
-        """Adds the edges of one value."""
+    def add(self, node: fx.Node) -> None:
+        """Adds the edges of one value; what it costs to compute it again is filled in later."""
         v_in, v_out = self.index[node], self.index[node] + 1
         placement = tag(node).placement
         self._edge(v_in, v_out, self._bytes_to_save(node))
         if placement is Placement.REBUILT or node in self.late:
             self._edge(v_in, 1, np.inf)
         else:
-            price = self._price(node, cost)
-            self._edge(0, v_in, np.inf if placement is Placement.SAVED else price)
+            price = np.inf if placement is Placement.SAVED else self._fixed_price(node)
+            if price is None:
+                self._priced.append((node, len(self.capacities)))
+            self._edge(0, v_in, price or 0.0)
         if placement is Placement.SAVED or node in self.needed or self._is_read_backward(node):
             self._edge(v_out, 1, np.inf)
         for source in recipe(self.joint, node):
@@ -226,47 +257,46 @@ class _Network:
         """Whether a cut leaves the backward without a value."""
         return self.index[node] + 1 in reached
 
-    def solve(self) -> set[int]:
+    def solve(self, cost: RecomputeCost) -> set[int]:
         """Runs maximum flow; returns what the start reaches in the residual network."""
-        if not self.edges:
+        if not self.starts:
             return set()
-        finite = sum(e.capacity for e in self.edges if np.isfinite(e.capacity))
-        unit = max(finite / _UNITS, 1e-9)
-        capacities = [
-            _INFINITE if not np.isfinite(e.capacity) else max(1, round(e.capacity / unit))
-            for e in self.edges
-            if e.capacity > 0
-        ]
-        kept = [e for e in self.edges if e.capacity > 0]
+        capacities = np.array(self.capacities)
+        for node, number in self._priced:
+            price = cost(node)
+            capacities[number] = np.inf if price is None else price
+        finite = np.isfinite(capacities)
+        unit = max(capacities[finite].sum() / _UNITS, 1e-9)
+        units = np.full(len(capacities), _INFINITE, dtype=np.int32)
+        units[finite] = np.maximum(1, np.rint(capacities[finite] / unit))
+        used = capacities > 0
+        starts, ends = np.array(self.starts), np.array(self.ends)
         size = 2 + 2 * len(self.values)
-        matrix = csr_array(
-            (
-                np.array(capacities, dtype=np.int32),
-                ([e.start for e in kept], [e.end for e in kept]),
-            ),
-            shape=(size, size),
-        )
+        matrix = csr_array((units[used], (starts[used], ends[used])), shape=(size, size))
         flow = maximum_flow(matrix, 0, 1).flow
         residual = csr_array(matrix - flow)
         residual.eliminate_zeros()
-        reached = set(breadth_first_order(residual, 0, return_predecessors=False).tolist())
-        self._require_finite(reached)
-        return reached
+        reached = breadth_first_order(residual, 0, return_predecessors=False)
+        inside = np.zeros(size, dtype=bool)
+        inside[reached] = True
+        self._require_finite(np.flatnonzero(~finite & inside[starts] & ~inside[ends]))
+        return set(reached.tolist())
 
-    def _require_finite(self, reached: set[int]) -> None:
+    def _require_finite(self, edges: NDArray[np.int64]) -> None:
         """No infinite edge may be cut; if one is, no choice keeps what passes fixed."""
-        for e in self.edges:
-            if not np.isfinite(e.capacity) and e.start in reached and e.end not in reached:
-                node = self.values[(max(e.start, e.end) - 2) // 2]
-                raise PlanError(
-                    f"no plan keeps what was asked of {node.name} ({location(node)}): it can "
-                    "neither be saved nor computed again in the backward. Views and tuples are "
-                    "not saved themselves, random draws are not repeated, and an input that the "
-                    "forward overwrites is gone by then"
-                )
+        for number in edges:
+            node = self.values[(max(self.starts[number], self.ends[number]) - 2) // 2]
+            raise PlanError(
+                f"no plan keeps what was asked of {node.name} ({location(node)}): it can "
+                "neither be saved nor computed again in the backward. Views and tuples are "
+                "not saved themselves, random draws are not repeated, and an input that the "
+                "forward overwrites is gone by then"
+            )
 
     def _edge(self, start: int, end: int, capacity: float) -> None:
-        self.edges.append(_Edge(start, end, capacity))
+        self.starts.append(start)
+        self.ends.append(end)
+        self.capacities.append(capacity)
 
     def _bytes_to_save(self, node: fx.Node) -> float:
         val = node.meta.get("val")
@@ -281,7 +311,8 @@ class _Network:
             return np.inf
         return max(1.0, float(tensor_bytes(val)))
 
-    def _price(self, node: fx.Node, cost: RecomputeCost) -> float:
+    def _fixed_price(self, node: fx.Node) -> float | None:
+        """What it costs to compute a value again, where that is no matter of its price."""
         if node not in self.joint.offers:
             if node in self.made_of_what_they_rebuild:
                 return np.inf
@@ -289,8 +320,7 @@ class _Network:
                 return np.inf
             if ops.is_view(node) or ops.is_getitem(node):
                 return 0.0
-        price = cost(node)
-        return np.inf if price is None else price
+        return None
 
     def _is_read_backward(self, node: fx.Node) -> bool:
         return any(self.joint.is_backward(u) for u in node.users)

@@ -4,12 +4,13 @@ Candidates, each turned into a schedule, simulated for its true peak and timed b
 
 1. Plain: what autograd keeps.
 2. Minimum cuts over a sweep of the price of a second of recomputation, with growing classes of
-   operators that may run again: pointwise and row-wise; everything but draws, effects, collectives.
+   operators that may run again: pointwise and row-wise; everything but draws, effects, collectives;
+   the same with products dear and all else next to free.
 3. Segments between narrow places of the forward: only what crosses them is kept, or besides it
    what is dear to compute again. Inside a segment that is computed again all values wait for their
    reader, or only those that autograd would save and are dear.
-4. Mixtures: up to some boundary the one plan, beyond it the other. The last segments are the first
-   that the backward needs, so it pays least to compute them again.
+4. Mixtures of these, another one for every segment, by a dynamic program over the chain of segments
+   (`gtrans.plan.chain`) for a range of peaks.
 5. Local search: a value that is alive at the peak is saved no longer, or a value that costs most to
    compute again is saved.
 
@@ -17,7 +18,6 @@ The list does not depend on any budget, so that a larger budget never gives a sl
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from torch import fx
 
@@ -29,40 +29,28 @@ from gtrans.errors import PlanError
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import tensor_bytes
-from gtrans.plan.cut import minimum_cut, read_directly
-from gtrans.plan.rebuild import Choice, Rebuilder
+from gtrans.plan import store
+from gtrans.plan.chain import Chain, Option
+from gtrans.plan.cut import Cutter, read_directly
+from gtrans.plan.rebuild import Candidate, Choice, Rebuilder
 from gtrans.plan.waists import Waists
 
-Allowed = Callable[[fx.Node], bool]
+Weight = Callable[[fx.Node], float | None]
+"""By how much dearer than its seconds a node is; None forbids to run it again."""
 
 _SEGMENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
 # Prices of a second of recomputation, in saved bytes, relative to (bytes autograd keeps) / (seconds
 # of the forward).
-_PRICES = (0.02, 0.2, 1.0, 4.0)
-_INNER_PRICES = (0.001, 0.2, 1.0)
+_PRICES = (0.02, 0.1, 0.3, 1.0, 4.0)
+_INNER_PRICES = (0.001, 0.3)
+# Relative price of what is no product, where products are to be avoided.
+_LEAN = 0.05
+# The dynamic program: segments, options, and how many peaks it is asked for.
+_LENGTH, _OPTIONS, _ROOMS = 48, 24, 24
 # Readers of one recomputed value that are this many backward nodes apart share it.
 _WINDOW = 8
 # Simulations: so many tasks in all, but not fewer or more simulations than this.
 _TASKS, _FEWEST, _MOST = 300_000, 60, 140
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One plan.
-
-    Attributes:
-        label: how it came about.
-        choice: what it saves.
-        peak: simulated peak in bytes, constants included.
-        seconds: predicted time of forward and backward.
-        boundaries: positions of its segments, if it has any.
-    """
-
-    label: str
-    choice: Choice
-    peak: int
-    seconds: float
-    boundaries: tuple[int, ...] = ()
 
 
 class Front:
@@ -71,11 +59,13 @@ class Front:
     Args:
         joint: the graph, not changed.
         device: what to predict times for.
+        stored: whether to look the front up on disk before searching, and to write it there.
     """
 
-    def __init__(self, joint: JointGraph, device: Device) -> None:
+    def __init__(self, joint: JointGraph, device: Device, *, stored: bool = False) -> None:
         self.joint = joint
         self.rebuilder = Rebuilder(joint)
+        self._cutter = Cutter(joint)
         self.candidates: list[Candidate] = []
         self._seconds = {n: node_seconds(n, device) for n in joint.nodes if n.op == "call_function"}
         self._offer_seconds = {
@@ -89,7 +79,14 @@ class Front:
         self.waists = Waists(joint, self._plain)
         nodes = max(1, len(joint.graph.nodes))
         self.left = max(_FEWEST, min(_MOST, _TASKS // (2 * nodes)))
+        key = store.key_of(joint, (self._seconds, self._offer_seconds, self._workspaces))
+        known = store.load(joint, key) if stored else None
+        if known:
+            self.candidates = known
+            return
         self._search()
+        if stored:
+            store.save(joint, key, self.best())
 
     def best(self) -> list[Candidate]:
         """The candidates that no other beats in both peak and time, fastest first."""
@@ -118,24 +115,20 @@ class Front:
     def _search(self) -> None:
         self._try("plain", Choice(self._plain))
         rate = sum(self._plain_bytes()) / max(sum(self._forward_seconds()), 1e-9)
-        cheap = self._cut(lambda n: _is_cheap(n) or n.target in ops.ROWWISE, 0.3 * rate)
+        cheap = self._cut(_CLASSES["row-wise"], 0.3 * rate)
         held = frozenset((*cheap, *self._plain_dear()))
         self._segments(held, rate)
         self._sweep(held, rate)
-        self._mixtures(cheap)
+        self._mixtures()
         self._local_search()
 
     def _sweep(self, held: frozenset[fx.Node], rate: float) -> None:
-        classes: dict[str, Allowed] = {
-            "row-wise": lambda n: _is_cheap(n) or n.target in ops.ROWWISE,
-            "all": lambda n: True,
-        }
-        for name, allowed in classes.items():
+        for name, weight in _CLASSES.items():
             for price in _PRICES:
-                save = self._cut(allowed, price * rate)
+                save = self._cut(weight, price * rate)
                 label = f"{name} operators at price {price:g}"
                 self._try(label, Choice(save))
-                hold = held if name == "all" else frozenset()
+                hold = frozenset() if name == "row-wise" else held
                 self._try(label, Choice(save, hold, _WINDOW))
 
     def _segments(self, held: frozenset[fx.Node], rate: float) -> None:
@@ -147,28 +140,38 @@ class Front:
             seen.add(at)
             crossing = frozenset(v for p in at for v in self.waists.values_at(p))
             for price in _INNER_PRICES:
-                save = self._cut(lambda n: True, price * rate, crossing)
+                save = self._cut(_CLASSES["all"], price * rate, crossing)
                 label = f"{len(at) + 1} segments at price {price:g}"
                 self._try(label, Choice(save, held, _WINDOW), at)
                 if price == _INNER_PRICES[0]:
                     self._try(label, Choice(save), at)
 
-    def _mixtures(self, cheap: frozenset[fx.Node]) -> None:
-        segmented = [c for c in self.best() if c.boundaries]
-        steps = max(2, self.left // (4 * max(1, len(segmented))))
-        for low in _spread(segmented, 6):
-            for name, fast in (("cheap", cheap), ("plain", self._plain)):
-                for at in _spread(list(low.boundaries), min(12, steps)):
-                    save = frozenset(
-                        (
-                            *(v for v in low.choice.save if self._at(v) <= at),
-                            *(v for v in fast if self._at(v) > at),
-                            *self.waists.values_at(at),
-                        )
-                    )
-                    hold = low.choice.hold
-                    label = f"{low.label} up to {self.waists.nodes[at].name}, then {name}"
-                    self._try(label, Choice(save, hold, low.choice.window), low.boundaries)
+    def _mixtures(self) -> None:
+        chain = Chain(self.joint, self.waists, self.waists.boundaries(_LENGTH))
+        if chain.length < 2:
+            return
+        options = [self._option(chain, c) for c in self._options()]
+        lowest = 0.8 * min(c.peak for c in self.candidates)
+        highest = self.candidates[0].peak
+        constants = self.simulate(self.schedule(self.candidates[0])).constant_bytes
+        for i in range(_ROOMS):
+            room = lowest + (highest - lowest) * i / _ROOMS - constants
+            found = chain.solve(options, room)
+            if found is not None:
+                used = len(set(found))
+                label = f"{chain.length} segments of {used} kinds"
+                self._try(label, chain.mixed(options, found))
+
+    def _options(self) -> list[Candidate]:
+        """The candidates to mix: the front first, then those that are near it."""
+        front = self.best()
+        rest = [c for c in self.candidates if c not in front]
+        rest.sort(key=lambda c: min(max(c.peak / f.peak, c.seconds / f.seconds) for f in front))
+        return [*_spread(front, _OPTIONS // 2), *rest][:_OPTIONS]
+
+    def _option(self, chain: Chain, candidate: Candidate) -> Option:
+        schedule = self.schedule(candidate)
+        return chain.option(candidate.choice, schedule, self.simulate(schedule), self._task_seconds)
 
     def _local_search(self) -> None:
         tried: set[Choice] = set()
@@ -194,10 +197,12 @@ class Front:
             if len(like := frozenset(n for n in saved if _kind(n) == _kind(node))) > 1:
                 yield Choice(choice.save - like, choice.hold, choice.window)
         waiting = [a.node for a in alive if a.role == "recomputed"]
-        if choice.hold is not None:
-            for node in waiting[:2]:
-                if node in choice.hold:
-                    yield Choice(choice.save, choice.hold - {node}, choice.window)
+        hold = frozenset(t.node for t in schedule.again) if choice.hold is None else choice.hold
+        for node in waiting[:2]:
+            if node in hold:
+                yield Choice(choice.save, hold - {node}, choice.window)
+            elif choice.window:
+                yield Choice(choice.save, hold, 0)
         again = sorted(
             {t.node for t in schedule.again if _is_savable(t.node)},
             key=lambda n: -self._seconds[n] / max(1, tensor_bytes(n.meta["val"])),
@@ -221,16 +226,17 @@ class Front:
             )
 
     def _cut(
-        self, allowed: Allowed, price: float, crossing: frozenset[fx.Node] = frozenset()
+        self, weight: Weight, price: float, crossing: frozenset[fx.Node] = frozenset()
     ) -> frozenset[fx.Node]:
         def cost(node: fx.Node) -> float | None:
             if node in crossing:
                 return None
             if node in self._offer_seconds:
                 return price * self._offer_seconds[node]
-            return price * self._seconds[node] if allowed(node) else None
+            factor = weight(node)
+            return None if factor is None else factor * price * self._seconds[node]
 
-        return frozenset(minimum_cut(self.joint, cost))
+        return frozenset(self._cutter.cut(cost))
 
     # ------------------------------------------------------------------ figures
 
@@ -268,6 +274,13 @@ def _maker(node: fx.Node) -> fx.Node:
 
 def _is_cheap(node: fx.Node) -> bool:
     return ops.is_pointwise(node) or ops.is_fill(node) or node.target in ops.COPIES
+
+
+_CLASSES: dict[str, Weight] = {
+    "row-wise": lambda n: 1.0 if _is_cheap(n) or n.target in ops.ROWWISE else None,
+    "all": lambda n: 1.0,
+    "lean": lambda n: 1.0 if ops.is_contraction(n) else _LEAN,
+}
 
 
 def _is_savable(node: fx.Node) -> bool:

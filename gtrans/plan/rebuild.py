@@ -48,6 +48,25 @@ class Choice:
     window: int = 0
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """One plan.
+
+    Attributes:
+        label: how it came about.
+        choice: what it saves.
+        peak: simulated peak in bytes, constants included.
+        seconds: predicted time of forward and backward.
+        boundaries: positions of its segments, if it has any.
+    """
+
+    label: str
+    choice: Choice
+    peak: int
+    seconds: float
+    boundaries: tuple[int, ...] = ()
+
+
 class Rebuilder:
     """Makes schedules of one graph; what they have in common is found once.
 
@@ -139,10 +158,10 @@ class _Run:
         self.limit = _MOST_TASKS * len(owner.joint.graph.nodes)
 
     def schedule(self) -> Schedule | None:
-        joint = self.owner.joint
+        joint, made = self.owner.joint, self.made  # of a tangent, the node itself
         for position, (node, sources) in enumerate(self.owner.backward):
             reads = [
-                self.at(source, position) if is_forward else self._own(source)
+                self.at(source, position) if is_forward else made.get(source, source)
                 for source, is_forward in sources
             ]
             self.made[node] = self._add(node, reads, False)
@@ -150,7 +169,7 @@ class _Run:
                 return None
         end = len(self.owner.backward)
         gradients = [
-            self.at(g, end) if joint.is_forward(g) else self._own(g)
+            self.at(g, end) if joint.is_forward(g) else made.get(g, g)
             for g in joint.gradients
             if g is not None
         ]
@@ -158,6 +177,9 @@ class _Run:
 
     def at(self, value: fx.Node, position: int) -> fx.Node | int:
         """The saved value, or the task that holds it; computed again if it is not at hand."""
+        if self._at_hand(value, position):
+            self.read_at[value] = position
+            return self._reference(value)
         stack: list[fx.Node] = [value]
         on_stack = {value}
         while stack:
@@ -203,9 +225,6 @@ class _Run:
     def _reference(self, node: fx.Node) -> fx.Node | int:
         return node if node in self.cut else self.made[node]
 
-    def _own(self, node: fx.Node) -> fx.Node | int:
-        return self.made.get(node, node)  # a tangent is at hand from the start
-
     def _add(self, node: fx.Node, reads: list[fx.Node | int], again: bool) -> int:
         self.tasks.append((node, reads, again))
         return len(self.tasks) - 1
@@ -214,16 +233,19 @@ class _Run:
         owner = self.owner
         builder = Builder(owner.index)
         builder.add_forward(sorted(self.cut, key=owner.position))
-        first = len(builder.tasks)
+        first, saved = len(builder.tasks), builder.at_hand
+        offers = owner.joint.offers
 
         def number(read: fx.Node | int) -> int:
-            if isinstance(read, int):
-                return first + read
-            found = builder.at_hand(read)
-            assert found is not None
-            return found
+            return first + read if isinstance(read, int) else saved[read]
 
-        for node, reads, again in self.tasks:
-            offered = again and node in owner.joint.offers
-            builder.append(Task(node, tuple(number(r) for r in reads), again, offered))
+        builder.tasks += [
+            Task(
+                node,
+                tuple([number(r) for r in reads]),
+                again,
+                again and node in offers,
+            )
+            for node, reads, again in self.tasks
+        ]
         return builder.finish([number(g) for g in gradients])

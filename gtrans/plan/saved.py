@@ -62,7 +62,16 @@ def saved_values(
 
 def saved_bytes(joint: JointGraph, cut: Iterable[fx.Node]) -> int:
     """Bytes that a cut keeps alive besides parameters and buffers; shared storage counts once."""
-    return sum(s.bytes for s in saved_values(joint, cut) if s.kind not in ("parameter", "buffer"))
+    return sum(tensor_bytes(n.meta.get("val")) for n in saved_storages(joint, cut))
+
+
+def saved_storages(joint: JointGraph, cut: Iterable[fx.Node]) -> list[fx.Node]:
+    """What allocated the storages that a cut keeps alive besides parameters and buffers."""
+    return [
+        owner
+        for owner in dict.fromkeys(map(storage_of, cut))
+        if owner.op != "placeholder" or joint.input_of(owner).kind not in ("parameter", "buffer")
+    ]
 
 
 def _describe(joint: JointGraph, node: fx.Node, why: str) -> SavedValue:

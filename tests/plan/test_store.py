@@ -1,0 +1,84 @@
+"""Plans and machines that are kept on disk: found again, never trusted blindly."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gtrans
+from gtrans.analysis import cost, kept
+from gtrans.analysis.cost import DEVICES, calibrated_cpu, device_named
+from gtrans.ir.joint import JointGraph
+from gtrans.plan.front import Front
+
+Build = Callable[[str], tuple[nn.Module, tuple[Any, ...]]]
+CPU = device_named("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GTRANS_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def _joint(build: Build) -> JointGraph:
+    model, inputs = build("mlp")
+    original = gtrans.explain(model, *inputs, passes="none").captured[0].original
+    assert original is not None
+    return original.copy()
+
+
+def test_a_front_is_found_again(build: Build, folder: Path) -> None:
+    first = Front(_joint(build), CPU, stored=True)
+    (file,) = (folder / "plans").glob("*.json")
+    second = Front(_joint(build), CPU, stored=True)
+    assert first.left < second.left  # nothing was simulated
+    rows = [(c.label, c.peak, c.seconds, c.choice.window) for c in first.best()]
+    assert rows == [(c.label, c.peak, c.seconds, c.choice.window) for c in second.best()]
+    for a, b in zip(first.best(), second.best(), strict=True):
+        assert {n.name for n in a.choice.save} == {n.name for n in b.choice.save}
+        assert second.simulate(second.schedule(b)).peak == a.peak
+    Front(_joint(build), device_named("h100"), stored=True)
+    assert len(list((folder / "plans").iterdir())) == 2
+    file.write_text("[{]")
+    assert Front(_joint(build), CPU, stored=True).best() != []
+    file.write_text(json.dumps([{"label": "", "save": [10**6], "hold": None, "window": 0}]))
+    assert len(Front(_joint(build), CPU, stored=True).best()) == len(rows)
+    assert len(json.loads(file.read_text())) == len(rows)
+
+
+def test_another_graph_has_another_key(build: Build, folder: Path) -> None:
+    joint = _joint(build)
+    Front(joint, CPU, stored=True)
+    joint.save_for_backward(joint.calls(torch.ops.aten.addmm.default)[0])
+    Front(joint, CPU, stored=True)
+    assert len(list((folder / "plans").iterdir())) == 2
+
+
+def test_nothing_is_kept_where_that_is_not_wanted_or_possible(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GTRANS_CACHE", "off")
+    assert kept.folder() is None
+    Front(_joint(build), CPU, stored=True)
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("GTRANS_CACHE", str(file))
+    kept.save("plans", "a", [])
+    assert kept.load("plans", "a") is None
+    monkeypatch.delenv("GTRANS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kept.folder() == tmp_path / "gtrans"
+
+
+def test_this_machine_is_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = calibrated_cpu()
+    assert first.flops_per_s > 1e8
+    monkeypatch.setattr(cost, "measured_cpu", lambda: pytest.fail("measured again"))
+    assert calibrated_cpu() == first
+    monkeypatch.setenv("GTRANS_CACHE", "off")
+    assert calibrated_cpu() is DEVICES["cpu"]
