@@ -6,4 +6,5 @@ if __name__ != "gtrans.backends":
 BACKENDS: dict[str, str] = {
     "eager": "gtrans.backends.eager:Eager",
     "inductor": "gtrans.backends.inductor:Inductor",
+    "streams": "gtrans.backends.streams:Streams",
 }

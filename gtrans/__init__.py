@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gtrans.accuracy import gradient_error
     from gtrans.adaptive import adapt
-    from gtrans.api import explain, optimize, report, restore, restructure
+    from gtrans.api import explain, optimize, report, restore, restructure, to_reversible
     from gtrans.contract import (
         Aligned,
         Attribution,
+        Changed,
         Close,
         Contract,
         Exact,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         Unbiased,
     )
     from gtrans.core import Knob, Pass, SitePass, Stats
+    from gtrans.drift import measured_drift
     from gtrans.ir import ForwardGraph, JointGraph
     from gtrans.passes.structure.prune import PrunePlan, prune
     from gtrans.pipeline import Pipeline
@@ -33,10 +35,18 @@ __version__ = "0.1.0"
 _HOMES = {
     "gtrans.accuracy": ("gradient_error",),
     "gtrans.adaptive": ("adapt",),
-    "gtrans.api": ("explain", "optimize", "report", "restore", "restructure"),
+    "gtrans.api": (
+        "explain",
+        "optimize",
+        "report",
+        "restore",
+        "restructure",
+        "to_reversible",
+    ),
     "gtrans.contract": (
         "Aligned",
         "Attribution",
+        "Changed",
         "Close",
         "Contract",
         "Exact",
@@ -45,6 +55,7 @@ _HOMES = {
         "Unbiased",
     ),
     "gtrans.core": ("Knob", "Pass", "SitePass", "Stats"),
+    "gtrans.drift": ("measured_drift",),
     "gtrans.ir": ("ForwardGraph", "JointGraph"),
     "gtrans.passes.structure.prune": ("PrunePlan", "prune"),
     "gtrans.pipeline": ("Pipeline",),
@@ -55,6 +66,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Aligned",
     "Attribution",
+    "Changed",
     "Close",
     "Contract",
     "Exact",
@@ -72,11 +84,13 @@ __all__ = [
     "adapt",
     "explain",
     "gradient_error",
+    "measured_drift",
     "optimize",
     "prune",
     "report",
     "restore",
     "restructure",
+    "to_reversible",
     "verify",
 ]
 

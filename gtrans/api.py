@@ -98,6 +98,41 @@ def optimize(
     return model
 
 
+def to_reversible(
+    model: ModelT,
+    kind: Literal["two-streams", "momentum", "bdia"] = "two-streams",
+    *,
+    bits: int | None = None,
+    gamma: float = 0.9,
+    passes: str = "reversible,plan",
+    **options: Any,
+) -> ModelT:
+    """Changes the forward of a residual model so that its backward can rebuild activations.
+
+    x = x + f(x) cannot be inverted, so **another function is trained** from here on, with the same
+    parameters, in training and (but for "bdia") in inference. `restore` gives the old one back.
+
+    Args:
+        model: any module with residual sums in a row.
+        kind: "two-streams", "momentum" or "bdia"; see `docs/reversible.md` for what each computes.
+        bits: binary places of fixed-point streams, which come back to the bit; 0 for floating ones.
+            By default 0, and 16 for "bdia", which needs them.
+        gamma: of "momentum".
+        passes: what follows the change.
+        options: as for `optimize`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        OptionError: an option is unknown or out of range.
+        ModelError: the model has no trainable parameters.
+    """
+    bits = bits if bits is not None else 16 * (kind == "bdia")
+    change = f"to-reversible{{kind={kind},bits={bits},gamma={gamma}}}"
+    return optimize(model, passes=f"{change},{passes}", **options)
+
+
 def install(
     model: nn.Module, compiler: Compiler, *, dynamic: bool | None = None, fullgraph: bool = False
 ) -> None:

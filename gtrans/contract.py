@@ -1,6 +1,6 @@
 """What a pass promises about the gradient, and what a sequence of passes promises together.
 
-    Exact < Close < Unbiased < Iterative < Aligned < Local < Attribution
+    Exact < Close < Unbiased < Iterative < Aligned < Local < Attribution < Changed
 
 Composition (each row was checked by counter-example or enumeration in `tests/test_contract.py`):
 
@@ -12,6 +12,7 @@ Composition (each row was checked by counter-example or enumeration in `tests/te
     iterative ; approximate   aligned: sweeps over approximate values have no exact point
     aligned ; approximate     aligned: directions of several approximate layers do not add up
     local, attribution        absorb what stands above them: nothing is known across the cut
+    changed ; x               changed: x holds for the gradient of the function it was changed to
 """
 
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ class Contract:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def of_gradient(self) -> "Contract":
+        """What holds for the gradient of the function that is trained."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -120,8 +126,29 @@ class Attribution(Contract):
     law: str = "conservation"
 
 
+@dataclass(frozen=True)
+class Changed(Contract):
+    """Another function than the model's is trained.
+
+    Attributes:
+        gradient: what holds for the gradient of that function.
+    """
+
+    name: ClassVar[str] = "changed"
+    rank: ClassVar[int] = 7
+    gradient: Contract = Exact()
+
+    def __str__(self) -> str:
+        return f"changed forward; gradient {self.gradient}"
+
+    @property
+    def of_gradient(self) -> Contract:
+        """The contract of the gradient."""
+        return self.gradient
+
+
 LEVELS: dict[str, type[Contract]] = {
-    c.name: c for c in (Exact, Close, Unbiased, Iterative, Aligned, Local, Attribution)
+    c.name: c for c in (Exact, Close, Unbiased, Iterative, Aligned, Local, Attribution, Changed)
 }
 
 
@@ -129,6 +156,10 @@ def compose(first: Contract, second: Contract) -> Contract:
     """The contract of two rewrites of one step; symmetric. See the module's table."""
     weak, strong = (first, second) if first.rank >= second.rank else (second, first)
     match weak, strong:
+        case Changed(gradient=a), Changed(gradient=b):
+            return Changed(gradient=compose(a, b))
+        case Changed(gradient=a), _:
+            return Changed(gradient=compose(a, strong))
         case Exact(bitwise=a), Exact(bitwise=b):
             return Exact(bitwise=a and b)
         case _, Exact():

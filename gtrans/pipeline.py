@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from typing import Any, TypeVar, cast
 
-from gtrans.contract import Contract, compose_all, level
+from gtrans.contract import Changed, Contract, compose_all, level
 from gtrans.core import Knob, Pass, SitePass, Stats
 from gtrans.errors import (
     BudgetError,
@@ -203,6 +203,11 @@ class Pipeline:
     def on(self, kind: type[Graph]) -> "Pipeline":
         """The passes that work on this kind of graph."""
         return Pipeline(tuple(p for p in self.passes if p.works_on is kind))
+
+    @property
+    def changing(self) -> "Pipeline":
+        """The passes that change the function; gradients of the others are compared with these."""
+        return Pipeline(tuple(p for p in self.passes if isinstance(p.contract, Changed)))
 
     def planned(self, plan: Pass[Any]) -> "Pipeline":
         """With a plan at the end, or before the schedule passes that the pipeline ends with."""

@@ -201,6 +201,8 @@ def compare(
     explanation: Explanation | None = None
     for dtype in dtypes:
         reference = private_copy(model, dtype)
+        if pipeline.changing.passes:
+            install(reference, Compiler(pipeline.changing, "eager", skip_failures=False))
         candidate = private_copy(model, dtype)
         allowed = gate.allowed if gate is not None else None
         compiler = make(pipeline, backend, skip_failures=False, gate=Gate(allowed))
@@ -224,15 +226,14 @@ def compare(
             continue
         require_captured(model, compiler)
         explanation = Explanation(compiler.pipeline, compiler.captured)
+        contract = explanation.contract.of_gradient
         if gate is not None:
             gate.seen = compiler.gate.seen
         size = longest_sum(model, arguments)
         floor = rounding_scale(expected)
         for name, (kind, value) in expected.items():
             found = actual[name][1]
-            comparisons.append(
-                compare_tensors(name, kind, value, found, explanation.contract, size, floor)
-            )
+            comparisons.append(compare_tensors(name, kind, value, found, contract, size, floor))
         if until_wrong and not all(c.ok for c in comparisons):
             break
     assert explanation is not None

@@ -26,5 +26,8 @@ PASSES: dict[str, str] = {
     "straight-through": "gtrans.passes.rule.straight_through:StraightThrough",
     "erase-zeros": "gtrans.passes.structure.erase_zeros:EraseZeros",
     "chunked-loss": "gtrans.passes.operator.chunked_loss:ChunkedLoss",
+    "to-reversible": "gtrans.passes.operator.to_reversible:ToReversible",
+    "wide-streams": "gtrans.passes.operator.wide_streams:WideStreams",
+    "pareprop": "gtrans.passes.schedule.pareprop:PaReprop",
     "late-recompute": "gtrans.passes.schedule.late_recompute:LateRecompute",
 }

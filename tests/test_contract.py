@@ -12,6 +12,7 @@ from gtrans.contract import (
     LEVELS,
     Aligned,
     Attribution,
+    Changed,
     Close,
     Contract,
     Exact,
@@ -36,6 +37,7 @@ contracts: st.SearchStrategy[Contract] = st.one_of(
     st.just(Aligned()),
     st.just(Local()),
     st.just(Attribution()),
+    st.builds(Changed, st.one_of(st.builds(Exact, st.booleans()), st.builds(Close))),
 )
 
 
@@ -93,6 +95,8 @@ def test_a_weaker_part_never_makes_a_stronger_whole(a: Contract, b: Contract, c:
         (Aligned(), Iterative(), Aligned()),
         (Local(), Aligned(), Local()),
         (Attribution(), Local(), Attribution()),
+        (Changed(), Close(0.1), Changed(Close(0.1))),
+        (Changed(Exact(False)), Changed(Close(0.1)), Changed(Close(0.1))),
     ],
     ids=str,
 )

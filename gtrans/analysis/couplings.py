@@ -20,6 +20,7 @@ differentiable transformer search (arXiv:2105.14669).
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -27,15 +28,23 @@ import torch
 from torch import fx
 
 from gtrans.analysis.again import formula, is_fixed, overwritten_inputs
+from gtrans.analysis.grids import grids
+from gtrans.analysis.inverses import is_never_zero
 from gtrans.analysis.kinks import has_kink, keeps_zeros
-from gtrans.analysis.links import from_parts, input_from_output
+from gtrans.analysis.linear import Elimination, combination, eliminations, linear_form
+from gtrans.analysis.links import from_parts, input_from_output, origins
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph, Offer
 from gtrans.ir.sizes import same_shape
 from gtrans.ir.source import location
+from gtrans.runtime.streams import unhalve
 
 aten = torch.ops.aten
 
+AFFINE = (
+    "an affine coupling y = x e + t: dividing by e makes rounding errors larger; "
+    "affine=true admits that"
+)
 PLAIN = "a plain residual y = x + f(x) is not a coupling: f reads the value it is added to"
 ALONE = "no coupling: the added value depends on no other stream"
 _LOW = frozenset({torch.float16, torch.bfloat16})
@@ -88,26 +97,35 @@ class Couplings:
 
 
 def find_couplings(
-    joint: JointGraph, admit: Admit = lambda site: True, *, low_precision: bool = False
+    joint: JointGraph,
+    admit: Admit = lambda site: True,
+    *,
+    low_precision: bool = False,
+    affine: bool = False,
 ) -> Couplings:
-    """Finds the additive couplings of a joint graph.
+    """Finds the couplings of a joint graph.
 
     Args:
         joint: it is not changed.
         admit: asked about each coupling; one that is not admitted is left out.
         low_precision: admit streams in float16 and bfloat16, whose rounding errors add up.
+        affine: admit couplings that also multiply the stream by a factor that is never zero.
     """
-    return _Search(joint, admit, low_precision).run()
+    return _Search(joint, admit, low_precision, affine).run()
 
 
 @dataclass(frozen=True)
 class _Update:
-    """A sum seen as the update `output = stream + branch`, and how to undo it."""
+    """A sum seen as the update `output = stream + branch`, and how to undo it.
+
+    `undo` takes the output, the branch, and `also` where that is needed.
+    """
 
     output: fx.Node
     stream: fx.Node
     branch: fx.Node
     undo: Callable[..., torch.Tensor]
+    also: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,15 +149,17 @@ class _Plan:
 
 
 class _Search:
-    def __init__(self, joint: JointGraph, admit: Admit, low_precision: bool) -> None:
+    def __init__(self, joint: JointGraph, admit: Admit, low_precision: bool, affine: bool) -> None:
         self.joint = joint
         self.admit = admit
         self.low_precision = low_precision
+        self.affine = affine
         self.forward = computed_forward(joint)
         self.in_forward = frozenset(self.forward)
         self.position = {n: i for i, n in enumerate(joint.graph.nodes)}
         self.activations = _activations(joint, self.forward)
         self.overwritten = overwritten_inputs(self.forward)
+        self.on_grid = grids(self.forward)
         self.available: set[fx.Node] = set()
         self.result = Couplings()
 
@@ -150,6 +170,9 @@ class _Search:
             if node in self.available:
                 self._follow_links(node)
             if self._is_sum(node):
+                self._visit_pair(node)
+                self._visit(node)
+            elif node in self.available and self._is_product(node):
                 self._visit(node)
         return self.result
 
@@ -159,10 +182,13 @@ class _Search:
         chain = self.result.chain_of[node]
         for value, offer in [*input_from_output(node), *self._shifts(node)]:
             self._free(value, offer, chain)
+            if value in self.available:  # remainders and signs
+                rest = [n for n in offer.nodes if n in self.activations]
+                self.result.kept.update(n for n in rest if n not in self.available)
 
     def _shifts(self, node: fx.Node) -> Iterator[tuple[fx.Node, Offer]]:
         """`y = x + p` with a number or something made of parameters alone gives back x."""
-        for update in _updates(node):
+        for update in _updates(node) if node.target is not aten.mul.Tensor else ():
             p = update.branch
             if not isinstance(p, fx.Node) or p not in self.activations:
                 val = update.stream.meta["val"]
@@ -180,12 +206,20 @@ class _Search:
             result.kept.add(value)
         elif value not in result.kept and value not in result.cone:
             result.inverse[value] = offer
-            result.rounded.add(value)
+            by_halves = offer.function is unhalve
+            if not (by_halves or all(self._is_exact(n) for n in (value, *offer.nodes))):
+                result.rounded.add(value)
+
+    def _is_exact(self, value: fx.Node) -> bool:
+        """Whether sums of this value lose nothing: it lies on a grid, or counts something."""
+        return value in self.on_grid or not value.meta["val"].is_floating_point()
 
     # ------------------------------------------------------------------ sums
 
     def _is_sum(self, node: fx.Node) -> bool:
         val = node.meta.get("val")
+        if node.target is aten.mul.Tensor:
+            return False
         if not isinstance(val, torch.Tensor) or not val.is_floating_point():
             return False
         return any(
@@ -194,6 +228,63 @@ class _Search:
             and all(same_shape(n.meta["val"], val) for n in (u.stream, u.branch))
             for u in _updates(node)
         )
+
+    def _is_product(self, node: fx.Node) -> bool:
+        """Whether a stream was multiplied by something of its own size."""
+        if node.target is not aten.mul.Tensor or len(node.all_input_nodes) != 2:
+            return False
+        val = node.meta["val"]
+        sources = node.all_input_nodes
+        return val.is_floating_point() and all(
+            n in self.activations and same_shape(n.meta["val"], val) for n in sources
+        )
+
+    def _visit_pair(self, y: fx.Node) -> None:
+        """Looks for another stream z such that y and z together give back a third value.
+
+        That is so in a leapfrog step, where z is read as it is, and in a reversible Heun step,
+        where z has to be combined with y first.
+        """
+        form = linear_form(y)
+        if len(form) < 3:
+            return
+        going_on = y in self.available
+        others = self.available if going_on else self._walk(y, ())
+        sums = [z for z in others if self.position[z] < self.position[y] and self._is_sum(z)]
+        for z in sorted(sums, key=lambda n: self.position[n], reverse=True):
+            alone = Elimination(Fraction(1), Fraction(0), form)
+            for found in (alone, *eliminations(form, linear_form(z))):
+                plan = self._pair(y, z, found)
+                if plan is not None and plan.update.stream not in self.available:
+                    self.result.sites += 1
+                    if self.admit(y):
+                        self._accept(plan)
+                    return
+
+    def _pair(self, y: fx.Node, z: fx.Node, found: Elimination) -> _Plan | None:
+        """The plan to compute the only unknown of a combination from y and z."""
+        rest = dict(found.rest)
+        weight_of_z = found.second - rest.pop(z, Fraction(0))
+        known = [n for n in rest if self._follows_from(n, {y, z})]
+        unknown = [n for n in rest if n not in known]
+        if len(unknown) != 1 or len(known) != 1:
+            return None
+        (x,), (branch,) = unknown, known
+        walk = self._walk(branch, {y, z})
+        if x in walk or not self._is_stream(x, y) or self._precision(x, y) is not None:
+            return None
+        weights = [float(w / rest[x]) for w in (found.first, -rest[branch], weight_of_z)]
+        undo = partial(combination, weights=tuple(weights))
+        plan = self._plan(_Update(y, x, branch, undo, (z,)), walk, frozenset({z, y}))
+        return plan if isinstance(plan, _Plan) else None
+
+    def _follows_from(self, node: fx.Node, ends: Collection[fx.Node]) -> bool:
+        """Whether a value is at hand, or is computed from some that are."""
+        at_hand = self.available | self.result.cone
+        return node in at_hand or any(n in ends or n in at_hand for n in self._walk(node, ends))
+
+    def _is_stream(self, x: fx.Node, y: fx.Node) -> bool:
+        return x in self.activations and same_shape(x.meta["val"], y.meta["val"])
 
     def _visit(self, node: fx.Node) -> None:
         result = self.result
@@ -214,14 +305,15 @@ class _Search:
         going_on = y in self.available
         ends: frozenset[fx.Node] = frozenset()
         walk = self._walk(branch, ())
-        if x not in self.available and x in walk:
-            ends = self._ends(update, walk)
+        read = [n for n in self._origins(x) if n in walk]
+        if x not in self.available and read:
+            ends = self._ends(update, read[0], walk)
             if not ends:
                 return _Refusal(3, PLAIN)
             walk = self._walk(branch, ends)
             ends &= walk
-            if x in walk:
-                return _Refusal(2, self._read_again(x, walk))
+            if read[0] in walk:
+                return _Refusal(2, self._read_again(read[0], walk))
             if going_on:
                 end = max(ends, key=lambda n: self.position[n])
                 return _Refusal(2, f"no coupling: another stream ends at {location(end)}")
@@ -229,7 +321,22 @@ class _Search:
             return _Refusal(3, PLAIN) if x in walk else self._alone(update, walk)
         if (refusal := self._precision(x, y)) is not None:
             return refusal
+        if y.target is aten.mul.Tensor:
+            if not is_never_zero(branch):
+                reason = f"no coupling: the factor of the stream may be zero ({location(branch)})"
+                return _Refusal(2, reason)
+            if not self.affine:
+                return _Refusal(1, AFFINE)
         return self._plan(update, walk, ends)
+
+    def _origins(self, x: fx.Node) -> list[fx.Node]:
+        """A value, what it is a link of, and what was scaled to make it."""
+        found = origins(x)
+        if self._is_product(found[-1]):
+            factors = _updates(found[-1])
+            for update in sorted(factors, key=lambda u: is_never_zero(u.branch), reverse=True):
+                found += origins(update.stream)
+        return found
 
     def _walk(self, start: fx.Node, ends: Collection[fx.Node]) -> frozenset[fx.Node]:
         """The activations that a value is computed from, up to those that are at hand."""
@@ -245,18 +352,31 @@ class _Search:
                     pending.append(source)
         return frozenset(seen)
 
-    def _ends(self, update: _Update, walk: frozenset[fx.Node]) -> frozenset[fx.Node]:
-        """Streams on the way from x to the branch: values x is added to, that live on."""
-        x = update.stream
+    def _ends(self, update: _Update, x: fx.Node, walk: frozenset[fx.Node]) -> frozenset[fx.Node]:
+        """Streams on the way from x to the branch: values x is added to, that live on.
+
+        If none does, such as the velocity of a momentum network after its last block, the last sum
+        that something besides x has gone into separates the two as well.
+        """
         after, streams = {x}, {x}
+        last: fx.Node | None = None
         for node in sorted(walk, key=lambda n: self.position[n]):
             if node is x or not any(n in after for n in inputs_again(node)):
                 continue
             after.add(node)
-            if self._is_sum(node) and any(n in streams or n not in after for n in node.args[:2]):
-                streams.add(node)
+            if self._is_sum(node):
+                other = any(self._is_fresh(n, after) for n in node.all_input_nodes)
+                last = node if other else last
+                if other or any(n in streams for n in node.all_input_nodes):
+                    streams.add(node)
         inside = walk | {update.output}
-        return frozenset(n for n in streams if n is not x and self._lives_on(n, inside))
+        living = frozenset(n for n in streams if n is not x and self._lives_on(n, inside))
+        return living or frozenset([last] if last is not None else [])
+
+    def _is_fresh(self, node: fx.Node, after: Collection[fx.Node]) -> bool:
+        """Whether something that x had no part in comes in here, scaled or as it is."""
+        factors = node.all_input_nodes if self._is_product(node) else [node]
+        return any(n not in after for n in factors)
 
     def _lives_on(self, node: fx.Node, walk: Collection[fx.Node]) -> bool:
         """Whether the value goes somewhere besides the branch."""
@@ -307,7 +427,7 @@ class _Search:
         result.rounded.update(plan.rounded)
         result.masked.update(plan.masked)
         result.found.append(Coupling(y, update.stream, update.branch, chain))
-        self._free(update.stream, Offer(update.undo, (y, update.branch)), chain)
+        self._free(update.stream, Offer(update.undo, (y, update.branch, *update.also)), chain)
 
     # ------------------------------------------------------------------ reasons
 
@@ -378,7 +498,10 @@ def _activations(joint: JointGraph, forward: Iterable[fx.Node]) -> frozenset[fx.
 
 
 def _updates(node: fx.Node) -> list[_Update]:
-    """The ways to read a sum or difference as the update of a stream."""
+    """The ways to read a sum, difference or product as the update of a stream."""
+    if node.target is aten.mul.Tensor and len(node.all_input_nodes) == 2:
+        one, other = node.all_input_nodes
+        return [_Update(node, one, other, torch.div), _Update(node, other, one, torch.div)]
     if node.target not in (aten.add.Tensor, aten.sub.Tensor):
         return []
     first, second = node.args[:2]

@@ -6,11 +6,13 @@
     a, b = split(z)               z = cat([a, b]), once both are at hand
     a, b = split(cat([u, v]))     u = a, v = b
     p = pixel_shuffle(a, r)       a = pixel_unshuffle(p, r)
+    p = c a, exp(a), ...          a = p / c, log(p), ...; see `gtrans.analysis.inverses`
+    p, bit = halve(a)             a = unhalve(p, bit); see `gtrans.runtime.streams`
 
-All of them are exact: no rounding happens on the way back.
+All but the elementwise functions are exact: no rounding happens on the way back.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +20,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from gtrans.analysis.inverses import inverse_of
 from gtrans.ir import ops
 from gtrans.ir.joint import Offer
+from gtrans.runtime.streams import HALVE, SCALE, unhalve, unscaled_store, unscaled_value
 
 aten = torch.ops.aten
 
@@ -71,12 +75,36 @@ def input_from_output(node: fx.Node) -> list[tuple[fx.Node, Offer]]:
     if piece := same_value(node):
         return [(piece, Offer(_same, (node,)))]
     found = [(piece, Offer(_part, (node, span))) for piece, span in _pieces(node)]
+    if ops.is_getitem(node):
+        return found + _of_parts(node)
     source = node.args[0] if node.args else None
     inverse = _inverse(node, source) if isinstance(source, fx.Node) else None
     if inverse is not None:
         assert isinstance(source, fx.Node)
         found.append((source, Offer(inverse, (node,))))
     return found
+
+
+def is_link(node: fx.Node) -> bool:
+    """Whether an operator only moves, scales or widens what it is given."""
+    if ops.is_getitem(node):
+        return node.all_input_nodes[0].target in _SPLITS
+    return node.target in _SPLITS or span_of(node) is not None or bool(input_from_output(node))
+
+
+def origins(node: fx.Node) -> list[fx.Node]:
+    """A value, and what it is a link of, step by step."""
+    found = [node]
+    while len(sources := [source for source, _ in input_from_output(found[-1])]) == 1 or (
+        sources and ops.is_getitem(found[-1])
+    ):
+        found.append(sources[0])
+    return found
+
+
+def with_remainders(nodes: Iterable[fx.Node]) -> list[tuple[fx.Node, int]]:
+    """Calls whose inverse needs a second result, and its number."""
+    return [(n, 1) for n in nodes if n.target in (SCALE, HALVE)]
 
 
 def from_parts(node: fx.Node, available: Collection[fx.Node]) -> Offer | None:
@@ -167,6 +195,22 @@ def _pieces(node: fx.Node) -> list[tuple[fx.Node, Span]]:
     return found
 
 
+def _of_parts(node: fx.Node) -> list[tuple[fx.Node, Offer]]:
+    """The inputs of an operator that returns a value and a remainder, from both."""
+    whole, index = node.args
+    assert isinstance(whole, fx.Node)
+    rest = ops.parts(whole).get(1)
+    if whole.target not in (SCALE, HALVE) or index != 0 or rest is None:
+        return []
+    x, second, *numbers = whole.args
+    assert isinstance(x, fx.Node)
+    if whole.target is HALVE:
+        return [(x, Offer(unhalve, (node, rest, second, *numbers)))]
+    assert isinstance(second, fx.Node)
+    given = (node, rest, *numbers)
+    return [(x, Offer(unscaled_value, given)), (second, Offer(unscaled_store, given))]
+
+
 def _inverse(node: fx.Node, source: fx.Node) -> Callable[..., torch.Tensor] | None:
     before, after = source.meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
@@ -199,7 +243,7 @@ def _inverse(node: fx.Node, source: fx.Node) -> Callable[..., torch.Tensor] | No
             return partial(_narrowed, dtype=before.dtype)
         case target if target in _RESHAPES:
             return _reshaped_to(before)
-    return None
+    return inverse_of(node)
 
 
 def _reshaped_to(val: torch.Tensor) -> Callable[..., torch.Tensor] | None:

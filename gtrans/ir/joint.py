@@ -44,14 +44,35 @@ class Placement(Enum):
 
 
 @dataclass(frozen=True)
+class Unit:
+    """The piece of work that a backward node belongs to, see `gtrans.analysis.lanes`.
+
+    Attributes:
+        kind: whether it rebuilds values of a block or computes its gradients.
+        block: number of the block; -1 for gradients before the first of them.
+        look_ahead: by how many blocks rebuilding may be ahead.
+    """
+
+    kind: Literal["recover", "grads"]
+    block: int
+    look_ahead: int
+
+
+@dataclass(frozen=True)
 class Tag:
-    """What gtrans knows about a node. Frozen, so that copied `meta` dictionaries may share it."""
+    """What gtrans knows about a node. Frozen, so that copied `meta` dictionaries may share it.
+
+    `recovers` is the number of the coupling, counted from the last, whose stream a node rebuilds;
+    the forward's own value has it as well.
+    """
 
     side: Side
     region: int | None = None
     placement: Placement = Placement.AUTO
     accumulates: bool = False
     made_by: str = ""
+    recovers: int | None = None
+    unit: Unit | None = None
 
 
 TAG = "gtrans"
@@ -527,6 +548,11 @@ def tag(node: fx.Node) -> Tag:
             "JointGraph.insert_before or insert_after, not through the fx graph"
         ) from None
     return found
+
+
+def assign(node: fx.Node, unit: Unit) -> None:
+    """Says which piece of work a node belongs to; nothing else changes."""
+    node.meta[TAG] = replace(tag(node), unit=unit)
 
 
 def runs_in(node: fx.Node) -> Side:

@@ -106,13 +106,19 @@ class Case:
     @cached_property
     def working(self) -> Pair:
         """The steps in the model's own dtype."""
-        before = Runner(self.model, self.inputs, _PLAIN).step(self.seed)
+        before = Runner(self.model, self.inputs, self.reference).step(self.seed)
         return Pair(before, self.candidate.step(self.seed))
+
+    @property
+    def reference(self) -> Pipeline:
+        """The step to compare with: the same function, and nothing rewritten."""
+        return Pipeline((*self.pipeline.changing.passes, *_PLAIN.passes))
 
     @cached_property
     def wide_reference(self) -> Runner:
-        """Plain autograd in float64."""
-        return Runner(self.model, self.inputs, None, torch.float64)
+        """Plain autograd in float64, of the function that is trained."""
+        changed = self.reference if self.pipeline.changing.passes else None
+        return Runner(self.model, self.inputs, changed, torch.float64)
 
     @cached_property
     def wide_candidate(self) -> Runner:
@@ -327,9 +333,9 @@ def any_cut_gives_the_same(case: Case) -> None:
         require_bitwise(expected.outputs, found.outputs, f"{pipeline}: ")
         require_bitwise(expected.buffers, found.buffers, f"{pipeline}: buffer ")
         where = f"{pipeline}: gradient of "
-        if not offered or case.pipeline.contract == Exact(bitwise=True):
+        if not offered or case.pipeline.contract.of_gradient == Exact(bitwise=True):
             require_bitwise(expected.gradients, found.gradients, where)
-        elif isinstance(case.pipeline.contract, Exact):
+        elif isinstance(case.pipeline.contract.of_gradient, Exact):
             require_near(
                 expected.gradients, found.gradients, where, rounding_bound(case.model, case.inputs)
             )
@@ -360,7 +366,7 @@ def linear_in_the_cotangent(case: Case) -> None:
         f"{case.pipeline}: not linear in the cotangent (declare linear = False if that is meant): "
         "gradient of ",
         # Three gradients, each within the admitted error of a linear map.
-        6 * contract.rtol if isinstance(contract := case.contract, Close) else 1e-9,
+        6 * contract.rtol if isinstance(contract := case.contract.of_gradient, Close) else 1e-9,
     )
 
 
@@ -409,8 +415,7 @@ def gradient_keeps_the_contract(case: Case) -> None:
     Raises:
         VerifyError: they are not.
     """
-    contract = case.contract
-    match contract:
+    match case.contract.of_gradient:
         case Exact(bitwise=bitwise):
             _check_exact(case, bitwise)
         case Close(rtol=rtol):

@@ -68,7 +68,8 @@ def models_it_rewrites(passes: "str | Pass[Any] | Pipeline") -> list[ModelSpec]:
         zeroed = [replace(spec, zeros=True) for spec in single_layer_models()]
         return [spec for spec in zeroed if _rewrites_program(pipeline, spec)]
     if any(p.works_on is not JointGraph or type(p).mark is not Pass.mark for p in pipeline.passes):
-        return [spec for spec in single_layer_models() if _rewrites_when_captured(pipeline, spec)]
+        captured = [s for s in single_layer_models() if _rewrites_when_captured(pipeline, s)]
+        return captured or [s for s in deep_models() if _rewrites_when_captured(pipeline, s)]
     found = [s for s in single_layer_models() if _rewrites(pipeline, s)]
     return found or [s for s in deep_models() if _rewrites(pipeline, s)]
 
