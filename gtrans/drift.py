@@ -10,12 +10,12 @@ from torch import fx, nn
 
 from gtrans.api import install, planned, require_captured, require_trainable, unchanged
 from gtrans.capture import Compiler, capture_always
+from gtrans.comparison import default_loss
 from gtrans.errors import ModelError
 from gtrans.ir.half import Half, Runnable
 from gtrans.ir.joint import TAG, tag
 from gtrans.ir.source import location
 from gtrans.pipeline import Pipeline
-from gtrans.verification import default_loss
 
 
 @dataclass(frozen=True)
