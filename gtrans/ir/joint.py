@@ -300,7 +300,9 @@ class JointGraph:
         """Inserts the call of a node once more, on arguments of the same shapes and dtypes."""
         with self.graph.inserting_before(anchor):
             again = self.graph.create_node(node.op, node.target, args, kwargs)
-        again.meta = {**node.meta, TAG: Tag(Side.FORWARD, tag(node).region, made_by=self.author)}
+        old = tag(node)
+        new = Tag(Side.FORWARD, old.region, made_by=self.author, recovers=old.recovers)
+        again.meta = {**node.meta, TAG: new}
         self._retag(again)
         return again
 
