@@ -13,7 +13,8 @@ def test_drift_grows_towards_the_first_block_and_wide_streams_have_none() -> Non
     torch.manual_seed(0)
     model, x = Streams(8, 6, Perceptron), torch.randn(32, 16)
     report = gtrans.measured_drift(model, x)
-    assert [r.coupling for r in report.rows] == list(range(12))
+    # The stream of the first coupling is read by nothing, so it is not rebuilt.
+    assert [r.coupling for r in report.rows] == list(range(11))
     assert 0 < report.worst < 1e-6
     assert report.rows[-1].relative >= report.rows[0].relative
     assert "coupled.py:" in report.rows[0].site
