@@ -55,15 +55,16 @@ class PaReprop(Pass[JointGraph]):
             n for n in graph.nodes if n.op == "call_function" and runs_in(n) is Side.BACKWARD
         ]
         recovered = {n: b for n in backward if (b := tag(n).recovers) is not None}
-        stats = Stats(len(set(recovered.values())))
+        blocks = _recovering(graph, backward, recovered)
+        first = {block: node for node, block in sorted(blocks.items(), reverse=True)}
+        stats = Stats(len(first))
         reason = TOO_EARLY if graph.cut is None else None
-        if recovered and reason is None and not permitted(min(recovered).name):
+        if first and reason is None and not permitted(first[min(first)].name):
             reason = HELD_BACK
         if reason is not None:
-            stats.refuse_all(dict.fromkeys(recovered, reason))
-        if reason is not None or not recovered:
+            stats.refuse_all(dict.fromkeys(first.values(), reason))
+        if reason is not None or not first:
             return stats
-        blocks = _recovering(graph, backward, recovered)
         for node, block in blocks.items():
             assign(node, Unit("recover", block, self.look_ahead))
         for node, block in _gradients(backward, recovered, blocks).items():
