@@ -71,3 +71,13 @@ def test_compressed_training() -> None:
     )
     kept = {name: float(size) for name, size, _ in rows}
     assert kept["2 bits"] < kept["3 bits, adapted"] < 0.5 * kept["exact"]
+
+
+def test_long_recurrence() -> None:
+    printed = run_example("long_recurrence.py")
+    found = re.findall(r"^(\S+) +([\d.]+) ms(?: +cosine ([\d.]+))?$", printed, re.MULTILINE)
+    assert [name for name, *_ in found][:2] == ["autograd", "hoist-recurrence"]
+    cosines = [float(c) for _, _, c in found[1:]]
+    assert cosines[0] > 0.999999
+    assert cosines[1] < cosines[2] <= cosines[3]
+    assert cosines[3] > 0.99

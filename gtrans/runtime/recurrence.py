@@ -147,26 +147,24 @@ def _loop(
     local: torch.Tensor, product: torch.Tensor, gates: int, drive: torch.Tensor
 ) -> torch.Tensor:
     """w[t] = e[t] + J[t+1]^T w[t+1] in as few operators a step as there can be."""
-    steps, states, width = len(drive), local.shape[-3], local.shape[-1]
-    through = local[..., :gates, :]
-    past = local[..., gates:, :]
-    w = drive[-1]
-    result = [w]
-    if states == 1:
-        coefficients = through.squeeze(-3).unbind(0)
-        kept, given = past.flatten(-3).unbind(0), drive.unbind(0)
-        for t in range(steps - 1, 0, -1):
-            deltas = (w.unsqueeze(-2) * coefficients[t]).flatten(-2)
-            w = torch.addmm(torch.addcmul(given[t - 1], w, kept[t]), deltas, product)
-            result.append(w)
-    else:
-        everything, given = local.unbind(0), drive.unbind(0)
-        for t in range(steps - 1, 0, -1):
-            y = (w.unflatten(-1, (states, 1, width)) * everything[t]).sum(-3)
-            w = given[t - 1] + y[:, gates:].flatten(-2)
-            w[:, -width:].addmm_(y[:, :gates].flatten(-2), product)
-            result.append(w)
-    return torch.stack(result[::-1])
+    (steps, batch), (states, width) = drive.shape[:2], local.shape[-3::2]
+    split = (steps, batch, states, width)
+    drive = drive.contiguous()
+    result = torch.empty_like(drive)
+    result[-1].copy_(drive[-1])
+    # All views are made before the loop, and nothing is allocated in it.
+    rows, given = result.view(split).unbind(0), drive.view(split).unbind(0)
+    wide, outputs = result.view(split).unsqueeze(-2).unbind(0), result[..., -width:].unbind(0)
+    products = local.new_empty(local.shape[1:])
+    y = products[:, 0] if states == 1 else local.new_empty(batch, gates + states, width)
+    deltas, past = y.view(batch, -1)[:, : gates * width], y[:, gates:]
+    for t, coefficients in zip(range(steps - 1, 0, -1), reversed(local.unbind(0)), strict=False):
+        torch.mul(wide[t], coefficients, out=products)
+        if states > 1:
+            torch.sum(products, 1, out=y)
+        torch.add(given[t - 1], past, out=rows[t - 1])
+        outputs[t - 1].addmm_(deltas, product)
+    return result
 
 
 def _cut(found: Linearised, drive: torch.Tensor, every: int) -> torch.Tensor:
