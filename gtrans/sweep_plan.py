@@ -8,6 +8,7 @@ from torch import nn
 from gtrans.analysis.chains import find_chains
 from gtrans.analysis.sweeps import block_norms, left_out, sweeps_for
 from gtrans.debugging.recording import Recording
+from gtrans.ir.joint import JointGraph
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ def plan_sweeps(
     """
     recording = Recording(model, inputs, keyword_inputs)
     plans = []
-    for captured in recording.captured:
-        joint = captured.original
-        assert joint is not None
+    for case in recording.joints:
+        joint = case.graph
+        assert isinstance(joint, JointGraph)
         for chain in find_chains(joint):
             if chain.depth >= min_links:
-                norms = block_norms(joint, chain, recording.arguments(captured.index))
+                norms = block_norms(joint, chain, case.values)
                 count = sweeps_for(norms, error)
                 plans.append(SweepPlan(chain.depth, tuple(norms), count, left_out(norms, count)))
     return sorted(plans, key=lambda plan: -plan.depth)
