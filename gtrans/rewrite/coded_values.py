@@ -4,8 +4,8 @@
                                               parts = encode(v)              # saved
     dw = f(dy, view(v))                -->    dw    = f(dy, view(decode(parts)))
 
-The input of a norm has two independent sets of codes, one for each factor of the norm's gradient,
-and what else reads the norm's output reads it made of the first.
+The input of a norm is coded as it is normalised, by two independent sets of codes, one for each
+factor of the norm's gradient; what else reads the norm's output reads it made of the first.
 """
 
 from collections.abc import Collection, Sequence
@@ -24,7 +24,7 @@ from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import numel
 from gtrans.rewrite.late import seed_of, splice_late
 from gtrans.runtime.noise import salt_of
-from gtrans.runtime.norm_gradient import NormShape, gradients, normalised, output
+from gtrans.runtime.norm_gradient import NormShape, affine, denormalised, gradients, normalised
 from gtrans.runtime.quantise import Grid, decode, encode
 
 # The second copy of a norm's input is read through a mean over many terms only. It has the fewest
@@ -78,29 +78,42 @@ class CodedValue:
             cut_edge(trial, twin(reader), twin(operand))
 
     def rewrite(self, graph: JointGraph) -> None:
-        """Inserts the codes, and lets the readers read what they decode to."""
+        """Inserts the codes, and lets the readers read what they decode to.
+
+        A norm's input is coded as the norm has normalised it: its rows differ in scale, and the
+        rounding error of a large one would swamp a small one of the same group.
+        """
+        source, main = self.value, self.norms[0] if self.norms else None
+        if main is not None:
+            last = max(n for n in (main.x, main.mean, main.rstd) if n is not None)
+            function = partial(normalised, _shape(main))
+            (source,) = graph.splice_after(last, function, main.x, main.mean, main.rstd)
         readers = self.readers
-        first = self._decoded(graph, self.grid, readers[0], "first")
+        first = self._decoded(graph, source, self.grid, readers[0], "first")
         for use in self.uses:
-            reread(graph, use, self.value, first)
+            x = first if main is None else _denormalised(graph, main, first, use.reader)
+            reread(graph, use, self.value, x)
         for norm, use in self.image_uses:
-            y = _image(graph, norm, first, use.reader)
+            y = _image(graph, norm, _of_norm(graph, main, norm, first, use.reader), use.reader)
             assert norm.y is not None
             reread(graph, use, norm.y, y)
         for norm in self.norms:
-            z = other = _normalised(graph, norm, first)
+            z = other = _of_norm(graph, main, norm, first, norm.backward)
             if self.second is not None:
-                second = self._decoded(graph, self.second, norm.backward, norm.backward.name)
-                other = _normalised(graph, norm, second)
+                name = norm.backward.name
+                second = self._decoded(graph, source, self.second, norm.backward, name)
+                other = _of_norm(graph, main, norm, second, norm.backward)
             replace_norm(graph, norm, z, other)
 
-    def _decoded(self, graph: JointGraph, grid: Grid, anchor: fx.Node, draw: str) -> fx.Node:
-        val = self.value.meta["val"]
-        sources = [self.value]
+    def _decoded(
+        self, graph: JointGraph, source: fx.Node, grid: Grid, anchor: fx.Node, draw: str
+    ) -> fx.Node:
+        val = source.meta["val"]
+        sources = [source]
         if grid.salt is not None:
             grid = replace(grid, salt=salt_of(f"{self.value.name} {draw}"))
             sources.append(seed_of(graph))
-        parts = graph.splice_after(self.value, partial(encode, grid), *sources)
+        parts = graph.splice_after(source, partial(encode, grid), *sources)
         shape = [n if isinstance(n, int) else -1 for n in val.shape]
         (made,) = splice_late(graph, anchor, partial(decode, grid, shape, val.dtype), *parts)
         return made
@@ -185,16 +198,26 @@ def reread(graph: JointGraph, use: Use, value: fx.Node, decoded: fx.Node) -> Non
     graph.replace_uses(use.operand, made[use.operand], [use.reader])
 
 
-def _image(graph: JointGraph, norm: NormUse, x: fx.Node, anchor: fx.Node) -> fx.Node:
+def _image(graph: JointGraph, norm: NormUse, z: fx.Node, anchor: fx.Node) -> fx.Node:
     assert norm.y is not None
-    function = partial(output, _shape(norm), norm.y.meta["val"].dtype)
-    made = splice_late(graph, anchor, function, x, norm.mean, norm.rstd, norm.weight, norm.bias)
-    return made[0]
+    function = partial(affine, _shape(norm), norm.y.meta["val"].dtype)
+    return splice_late(graph, anchor, function, z, norm.weight, norm.bias)[0]
 
 
-def _normalised(graph: JointGraph, norm: NormUse, x: fx.Node) -> fx.Node:
-    function = partial(normalised, _shape(norm))
-    return splice_late(graph, norm.backward, function, x, norm.mean, norm.rstd)[0]
+def _of_norm(
+    graph: JointGraph, main: NormUse | None, norm: NormUse, z: fx.Node, anchor: fx.Node
+) -> fx.Node:
+    """What a norm makes of the input that another one normalised to z."""
+    assert main is not None
+    if norm.rstd is main.rstd:
+        return z
+    x = _denormalised(graph, main, z, anchor)
+    return splice_late(graph, anchor, partial(normalised, _shape(norm)), x, norm.mean, norm.rstd)[0]
+
+
+def _denormalised(graph: JointGraph, norm: NormUse, z: fx.Node, anchor: fx.Node) -> fx.Node:
+    function = partial(denormalised, _shape(norm), norm.x.meta["val"].dtype)
+    return splice_late(graph, anchor, function, z, norm.mean, norm.rstd)[0]
 
 
 def replace_norm(graph: JointGraph, norm: NormUse, z: fx.Node, other: fx.Node) -> None:

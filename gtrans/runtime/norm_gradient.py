@@ -40,27 +40,6 @@ class NormShape:
         return vector.view([1, -1] + [1] * (x.dim() - 2)) if self.channels else vector
 
 
-def output(
-    shape: NormShape,
-    dtype: torch.dtype,
-    x: torch.Tensor,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """The norm's output.
-
-    Args:
-        shape: of the norm.
-        dtype: of the output.
-        x: the input, of any shape.
-        mean, rstd: statistics that broadcast with x, or [C] for channels; no mean: an RMS norm.
-        weight, bias: of the normalised dimensions, or None.
-    """
-    return affine(shape, dtype, normalised(shape, x, mean, rstd), weight, bias)
-
-
 def affine(
     shape: NormShape,
     dtype: torch.dtype,
@@ -68,7 +47,14 @@ def affine(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`output` from the normalised input."""
+    """The norm's output from its normalised input.
+
+    Args:
+        shape: of the norm.
+        dtype: of the output.
+        z: the normalised input, of any shape.
+        weight, bias: of the normalised dimensions, or None.
+    """
     y = z if weight is None else z * shape.along(weight, z)
     y = y if bias is None else y + shape.along(bias, z)
     return y.to(dtype)
@@ -91,8 +77,8 @@ def gradients(
         dtype: of the gradient of x.
         dy: the cotangent, shaped like x.
         z, other: the normalised input, and another copy of it.
-        rstd: as for `output`.
-        weight: as for `output`.
+        rstd: one over the deviation; broadcasts with z, or [C] for channels.
+        weight: as for `affine`.
         centred: whether the norm subtracts its mean.
     """
     dims = shape.shared(z)
@@ -111,7 +97,25 @@ def gradients(
 def normalised(
     shape: NormShape, x: torch.Tensor, mean: torch.Tensor | None, rstd: torch.Tensor
 ) -> torch.Tensor:
-    """The normalised input, in float32 or wider."""
+    """The normalised input, in float32 or wider.
+
+    Args:
+        shape: of the norm.
+        x: the input, of any shape.
+        mean, rstd: statistics that broadcast with x, or [C] for channels; no mean: an RMS norm.
+    """
     wide = x if x.dtype is torch.float64 else x.float()
     centred = wide if mean is None else wide - shape.along(mean, x)
     return centred * shape.along(rstd, x)
+
+
+def denormalised(
+    shape: NormShape,
+    dtype: torch.dtype,
+    z: torch.Tensor,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+) -> torch.Tensor:
+    """The inverse of `normalised`."""
+    centred = z / shape.along(rstd, z)
+    return (centred if mean is None else centred + shape.along(mean, z)).to(dtype)

@@ -6,10 +6,9 @@
 
 Two variants change what is coded. `zeros` keeps zeros exact by a code of their own, for outputs of
 ReLU, whose mask is then exact as well; `block` first takes the averages of square blocks of a map
-away (kept in bfloat16), which leaves a smaller range to code.
+away (kept in 16 bits), which leaves a smaller range to code.
 
-Codes are clamped to their range. The range is that of the tensor itself, widened to what bfloat16
-can hold of the step, so that nothing is ever clipped.
+Codes are clamped to their range, which is that of the tensor itself: nothing is ever clipped.
 
 Sources: group-wise stochastic rounding: ActNN (arXiv:2104.14129), GACT (arXiv:2206.11357); averages
 apart from the rest: DIVISION (arXiv:2302.05206); groups that lie within one attention head: Mesa
@@ -25,8 +24,9 @@ import torch
 from gtrans.runtime.bits import pack_codes, unpack_codes
 from gtrans.runtime.noise import uniform
 
-_WIDEN = 1 + 2.0**-7
+_WIDEN = 1 + 2.0**-20
 _TINIEST_STEP = 2.0**-100
+_WHOLE = 2.0**15 - 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Grid:
     def bytes(self, numel: float) -> float:
         """What is kept of so many elements."""
         averages = 2 * numel / self.block**2 if self.block else 0.0
-        return numel * self.bits / 8 + numel / self.group * 6 + averages
+        return numel * self.bits / 8 + numel / self.group * 8 + averages
 
 
 def encode(
@@ -66,20 +66,24 @@ def encode(
         seed: what `noise_seed` returned; only for grids with a salt.
 
     Returns:
-        low [groups, 1] and step [groups, 1], averages if there are blocks, then the packed codes.
+        low [groups, 1] and step [groups, 1], if there are blocks the unit of each map and the
+        averages in it, then the packed codes.
     """
     wide = x.to(_wide(x.dtype))
     parts: list[torch.Tensor] = []
     if grid.block:
-        averages = _blocks(wide, grid.block).mean((-3, -1)).to(torch.bfloat16)
-        parts.append(averages)
-        wide = wide - _spread(averages.to(wide.dtype), grid.block)
+        averages = _blocks(wide, grid.block).mean((-3, -1))
+        unit = averages.abs().amax((-2, -1), keepdim=True).clamp_min(_TINIEST_STEP) / _WHOLE
+        # As whole numbers: a compiler may leave out a conversion to a smaller float and back.
+        whole = (averages / unit).round().to(torch.int16)
+        parts += [unit, whole]
+        wide = wide - _spread(whole.to(wide.dtype) * unit, grid.block)
     groups = wide.permute(grid.order).reshape(-1, grid.group)
     largest = 2**grid.bits - 1 - grid.zeros
     low = _smallest_positive(groups) if grid.zeros else groups.amin(1, keepdim=True)
     step = (groups.amax(1, keepdim=True) - low) * (_WIDEN / max(1, largest))
-    step = step.clamp_min(_TINIEST_STEP).to(torch.bfloat16)
-    position = (groups - low) / step.to(groups.dtype)
+    step = step.clamp_min(_TINIEST_STEP)
+    position = (groups - low) / step
     offset = 0.5 if grid.salt is None else _noise(grid.salt, seed, groups.shape)
     codes = (position + offset).floor().clamp(0, largest)
     if grid.zeros:
@@ -102,8 +106,7 @@ def decode(
         [*shape], with the strides that the tensor had.
     """
     low, step, *packed = parts
-    codes = unpack_codes(packed[bool(grid.block) :], grid.bits, 1, ())
-    step = step.to(low.dtype)
+    codes = unpack_codes(packed[2 * bool(grid.block) :], grid.bits, 1, ())
     if grid.zeros:
         values = torch.where(codes > 0, low + (codes.to(low.dtype) - 1) * step, 0.0)
     else:
@@ -112,7 +115,8 @@ def decode(
     back = sorted(range(len(sizes)), key=grid.order.__getitem__)
     values = values.reshape(sizes).permute(back)
     if grid.block:
-        values = values + _spread(packed[0].to(low.dtype), grid.block)
+        unit, whole, *_ = packed
+        values = values + _spread(whole.to(low.dtype) * unit, grid.block)
     return values.to(dtype)
 
 

@@ -10,8 +10,8 @@ the expectation they have. Outputs of ReLU keep their zeros, and so their mask, 
 activations keep their derivative, to which their gradient is linear, in codes as `few-bit` does.
 
 Shapes: a value: [*s], floating; codes: uint8, numel * bits / 8 bytes; low, step: one of each a
-    group, 6 bytes; averages of spatial maps: 2 bytes a block.
-Saves: numel * (itemsize - bits / 8 - 6 / group) per value; the plan decides which values pay,
+    group, 8 bytes; averages of spatial maps: 2 bytes a block.
+Saves: numel * (itemsize - bits / 8 - 8 / group) per value; the plan decides which values pay,
     together with the derivatives, and all is rolled back unless its bytes fall.
 Costs: one pass for the range of each group and one to code in the forward, one to decode.
 Contract: stochastic is unbiased: every gradient is affine in each coded copy, copies have
