@@ -103,13 +103,15 @@ class Compress(PayingPass):
         # Eight bits stand for any value, so that no derivative needs codes.
         activations = [] if self._any_reader else find_activations(graph)
         slopes = [self._slope(a) for a in activations]
-        # What computes a derivative that has codes of its own asks for no values.
-        others = frozenset(
+        # What computes a derivative that has codes of its own asks for no values; nor does what
+        # this pass has made.
+        others = {
             node.name
             for activation, slope in zip(activations, slopes, strict=True)
             if isinstance(slope, Candidate)
             for node in activation.backward
-        )
+        }
+        others |= {n.name for n in graph.nodes if n.op != "output" and tag(n).made_by == self.name}
         norms = [norm_use(n) for n in graph.nodes if graph.is_backward(n)]
         images = {n.y for n in norms if n is not None}  # made of the codes of the norm's input
         values = [
