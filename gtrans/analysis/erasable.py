@@ -15,7 +15,8 @@ from torch import fx
 
 from gtrans.analysis.axes import Axis, atoms, find, kept_size, labels, mask
 from gtrans.analysis.axis_analysis import AxisAnalysis, analyse_axes
-from gtrans.analysis.axis_rules.context import Need, packet_of
+from gtrans.analysis.axis_rules.context import Need, bind, packet_of
+from gtrans.analysis.axis_rules.recurrent import GATES, arguments
 from gtrans.analysis.zeros import Producer, producers, unmet, zeros
 from gtrans.ir import ops
 from gtrans.ir.program import Program, identity
@@ -136,7 +137,7 @@ class Structure:
 
     def flops(self, kept: Mapping[Axis, int]) -> int:
         """Floating-point operations of the products of one forward, two per multiply-add."""
-        return sum(_flops(self.analysis, n, kept) for n in self.program.graph.nodes)
+        return sum(flops_of(self.analysis, n, kept) for n in self.program.graph.nodes)
 
     def parameter_bytes(self, kept: Mapping[Axis, int]) -> int:
         """Bytes of the parameters that are left."""
@@ -234,7 +235,8 @@ def _is_parameter(program: Program, node: fx.Node) -> bool:
     return program.leaves[node].kind == "parameter"
 
 
-def _flops(analysis: AxisAnalysis, node: fx.Node, kept: Mapping[Axis, int]) -> int:
+def flops_of(analysis: AxisAnalysis, node: fx.Node, kept: Mapping[Axis, int]) -> int:
+    """Floating-point operations of one product when atoms keep so many indices; else 0."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return 0
     packet = packet_of(node)
@@ -260,4 +262,8 @@ def _flops(analysis: AxisAnalysis, node: fx.Node, kept: Mapping[Axis, int]) -> i
     if packet is aten.einsum and node in axes:
         summed = {find(n.axis): n.axis for n in analysis.context.needs if n.node is node}
         return 2 * prod(map(size, axes[node])) * prod(size(a) for a in summed.values())
+    if packet in GATES and node in axes:
+        r = arguments(bind(node))
+        steps = prod(map(size, axes[r.x][:-1]))
+        return sum(2 * steps * prod(map(size, axes[w])) for ws in r.layers for w in ws[:2])
     return 0

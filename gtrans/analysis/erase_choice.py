@@ -96,6 +96,30 @@ def choose(
     return _by_measure(structure, classes, chunks, before, target)
 
 
+@dataclass(frozen=True)
+class IndexChoice:
+    """Chooses indices of classes for a sparsifier; the fields are as for `choose`."""
+
+    structure: Structure
+    classes: Sequence[ErasableClass]
+    multiple_of: int = 1
+    scope: str = "global"
+
+    def choose(
+        self, scores: Scores, target: Target, chosen: Mapping[str, torch.Tensor]
+    ) -> Selection:
+        """See `choose`."""
+        return choose(
+            self.structure,
+            self.classes,
+            scores,
+            target,
+            multiple_of=self.multiple_of,
+            chosen=chosen,
+            scope=self.scope,
+        )
+
+
 def as_masks(
     classes: Sequence[ErasableClass], selection: Mapping[str, torch.Tensor]
 ) -> dict[Axis, torch.Tensor]:
@@ -172,8 +196,8 @@ def _by_count(
     if goal > reachable:
         raise PlanError(
             f"sparsity {sparsity:g} asks for {goal} of {total} indices, but only {reachable} can "
-            f"go; the largest reachable sparsity is {_floor(reachable / total)} (every class keeps "
-            "an index, or `multiple_of` of them)"
+            f"go; the largest reachable sparsity is {floored(reachable / total)} (every class "
+            "keeps an index, or `multiple_of` of them)"
         )
     result = {name: b.clone() for name, b in before.items()}
     blocked: set[str] = set()
@@ -224,5 +248,6 @@ def _by_measure(
     return with_first(low)
 
 
-def _floor(share: float) -> str:
+def floored(share: float) -> str:
+    """A share in four digits that does not promise more than there is."""
     return f"{int(share * 10000) / 10000:.4f}"

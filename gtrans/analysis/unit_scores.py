@@ -52,15 +52,15 @@ class Moments:
 def moments(cls: ErasableClass, tensors: Tensors) -> Moments:
     """The sums that all scores are made of."""
     total = torch.zeros(5, cls.size, dtype=torch.float64)
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[int, int, bytes]] = set()
     for member in cls.producers:
-        x = tensors[member.name].detach()
-        key = (x.data_ptr(), member.dim)
+        x = torch.atleast_1d(tensors[member.name].detach())
+        key = (x.data_ptr(), member.dim, member.labels.numpy().tobytes())
         if key in seen:
             continue  # a tied parameter counts once
         seen.add(key)
         v = tensors[member.name].grad
-        v = torch.zeros_like(x) if v is None else v.detach().to_dense()
+        v = torch.zeros_like(x) if v is None else torch.atleast_1d(v.detach().to_dense())
         others = [d for d in range(x.ndim) if d != member.dim]
         ones = torch.ones_like(x)
         parts = [x * x, x * v, v * v, x * x * v * v, ones]
@@ -128,5 +128,6 @@ _ACROSS: dict[str, list[tuple[float, Callable[[Moments], torch.Tensor]]]] = {
         (-0.5, lambda m: m.count / m.norm.clamp(min=1e-12)),
     ],
 }
+_ACROSS["hesso-cric"] = _ACROSS["hesso"]
 METHODS = (*_PER_CLASS, *_ACROSS, "random")
-NEEDS_GRADIENT = frozenset({"taylor", "hessian", "hesso", "dhspg"})
+NEEDS_GRADIENT = frozenset({"taylor", "hessian", *_ACROSS})

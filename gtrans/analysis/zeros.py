@@ -22,6 +22,7 @@ from gtrans.analysis.axes import Axis, atoms, find
 from gtrans.analysis.axis_analysis import AxisAnalysis
 from gtrans.analysis.axis_rules.context import Need, bind, packet_of
 from gtrans.analysis.axis_rules.pointwise import COPIES, is_pointwise
+from gtrans.analysis.axis_rules.recurrent import GATES, arguments
 from gtrans.analysis.axis_rules.shapes import RULES as SHAPE_RULES
 from gtrans.analysis.axis_rules.shapes import order, permute
 from gtrans.ir import ops
@@ -33,11 +34,11 @@ Producer = tuple[fx.Node, int, Axis]
 
 NONE: Zeros = frozenset()
 
-_INTERSECT = frozenset({aten.add, aten.sub, aten.subtract, aten.maximum, aten.minimum, aten.rsub})
-_MULTIPLY = frozenset({aten.mul, aten.multiply, aten.logical_and})
-_ZEROS = frozenset({aten.zeros, aten.new_zeros, aten.zeros_like})
+INTERSECT = frozenset({aten.add, aten.sub, aten.subtract, aten.maximum, aten.minimum, aten.rsub})
+MULTIPLY = frozenset({aten.mul, aten.multiply, aten.logical_and})
+ZEROS = frozenset({aten.zeros, aten.new_zeros, aten.zeros_like})
 # Of zeros these give zeros; the dimensions that they reduce or reorder are frozen.
-_KEEPING = frozenset(
+KEEPING = frozenset(
     {
         *(aten.amax, aten.amin, aten.max, aten.min, aten.var, aten.std, aten.prod, aten.cumsum),
         *(aten.sum, aten.mean, aten.linalg_vector_norm, aten.prelu, aten._prelu_kernel),
@@ -48,9 +49,10 @@ _KEEPING = frozenset(
         *(aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_bicubic2d),
         *(aten._upsample_nearest_exact2d, aten.upsample_trilinear3d),
         *(aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa),
+        *(aten.fft_rfft, aten.fft_irfft, aten.fft_fft, aten.fft_ifft),
     }
 )
-_NEVER = frozenset({aten.full, aten.ones, aten.new_ones, aten.new_full})
+NEVER = frozenset({aten.full, aten.ones, aten.new_ones, aten.new_full})
 
 
 def producers(analysis: AxisAnalysis) -> set[Producer]:
@@ -149,8 +151,8 @@ def _zeros_of(analysis: AxisAnalysis, node: fx.Node, state: dict[fx.Node, Any]) 
     rule = _RULES.get(packet)
     if rule is not None:
         return rule(analysis, node, bind(node), state)
-    moves = packet in SHAPE_RULES and packet not in _NEVER
-    if moves or packet in _KEEPING or packet in COPIES:
+    moves = packet in SHAPE_RULES and packet not in NEVER
+    if moves or packet in KEEPING or packet in COPIES:
         return _keep(analysis, node, state)
     if is_pointwise(node):
         return _pointwise(analysis, node, state)
@@ -201,14 +203,14 @@ def _pointwise(analysis: AxisAnalysis, node: fx.Node, state: dict[fx.Node, Any])
     rank = len(analysis.axes(node))
     found = [_broadcast(state.get(n, NONE), len(analysis.axes(n)), rank) for n in operands]
     if len(operands) == 1 and node.args and node.args.count(operands[0]) == 1:
-        return found[0] if _maps_zero_to_zero(node, operands[0]) else NONE
-    if len(operands) == 1 and packet in (_INTERSECT | _MULTIPLY):
+        return found[0] if maps_zero_to_zero(node, operands[0]) else NONE
+    if len(operands) == 1 and packet in (INTERSECT | MULTIPLY):
         return found[0]  # x + x, x · x
     if len(operands) != 2:
         return NONE
-    if packet in _INTERSECT:
+    if packet in INTERSECT:
         return found[0] & found[1]
-    if packet in _MULTIPLY:
+    if packet in MULTIPLY:
         return found[0] | found[1]
     if packet in (aten.div, aten.divide):
         return found[0] - found[1]
@@ -218,7 +220,7 @@ def _pointwise(analysis: AxisAnalysis, node: fx.Node, state: dict[fx.Node, Any])
 _probed: dict[tuple[Any, ...], bool] = {}
 
 
-def _maps_zero_to_zero(node: fx.Node, operand: fx.Node) -> bool:
+def maps_zero_to_zero(node: fx.Node, operand: fx.Node) -> bool:
     """Whether a function of one tensor is zero at zero: computed, not looked up in a list."""
     if not node.meta["val"].is_floating_point() or ops.is_random(node):
         return False
@@ -304,6 +306,22 @@ def _attention(
     return _broadcast(_free(state.get(v, NONE), own - 2), own, rank)
 
 
+def _recurrent(a: AxisAnalysis, node: fx.Node, b: dict[str, Any], state: dict[fx.Node, Any]) -> Any:
+    """Units start at zero and have zero rows and biases in all gates of all layers."""
+    r = arguments(b)
+    last = len(a.axes(r.states[0])) - 1
+    rows = [w for inward, across, *biases in r.layers for w in (inward, across, *biases)]
+    kept = frozenset(
+        (last, atom)
+        for dim, atom in state.get(r.states[0], NONE)
+        if dim == last
+        and all((dim, atom) in state.get(s, NONE) for s in r.states)
+        and all((0, atom) in state.get(w, NONE) for w in rows)
+    )
+    several = isinstance(node.meta["val"], (list, tuple))
+    return [kept for _ in node.meta["val"]] if several else kept
+
+
 def _embedding(
     a: AxisAnalysis, node: fx.Node, b: dict[str, Any], state: dict[fx.Node, Any]
 ) -> Zeros:
@@ -338,6 +356,13 @@ def _cat(a: AxisAnalysis, node: fx.Node, b: dict[str, Any], state: dict[fx.Node,
             if all((own, atom) in state.get(t, NONE) for t in holders):
                 found.add((d, atom))
     return frozenset(found)
+
+
+def _index_add(
+    a: AxisAnalysis, node: fx.Node, b: dict[str, Any], state: dict[fx.Node, Any]
+) -> Zeros:
+    here, there = (state.get(b[name], NONE) for name in ("self", "source"))
+    return frozenset(here & there)
 
 
 def _where(a: AxisAnalysis, node: fx.Node, b: dict[str, Any], state: dict[fx.Node, Any]) -> Zeros:
@@ -391,6 +416,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.scaled_dot_product_attention: _attention,
     aten.embedding: _embedding,
     aten.where: _where,
+    aten.index_add: _index_add,
     aten.masked_fill: _masked_fill,
     aten.pad: _pad,
     aten.constant_pad_nd: _pad,
@@ -407,4 +433,5 @@ _RULES |= dict.fromkeys(
     (torch.ops.gtrans.layer_norm_of_longer, torch.ops.gtrans.rms_norm_of_longer), _norm
 )
 _RULES |= dict.fromkeys((aten.cat, aten.concat, aten.stack), _cat)
-_RULES |= dict.fromkeys(_ZEROS, _zero)
+_RULES |= dict.fromkeys(ZEROS, _zero)
+_RULES |= dict.fromkeys(GATES, _recurrent)

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from gtrans.errors import CaptureError, GraphError, ModelError
 from gtrans.ir import ops
+from gtrans.ir.regions import inline_regions, under_autocast
 from gtrans.ir.source import location
 
 aten = torch.ops.aten
@@ -119,7 +120,7 @@ class Program:
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
                 try:
-                    with mode:
+                    with mode, under_autocast(node):
                         node.meta["val"] = node.target(*args, **kwargs)
                 except (RuntimeError, ValueError, TypeError, IndexError) as error:
                     raise GraphError(
@@ -170,6 +171,7 @@ def export_program(model: nn.Module, inputs: Sequence[Any], keywords: dict[str, 
             tensors[node] = exported.constants[spec.target]
         else:
             leaves[node] = Leaf(node.name, "input")
+    inline_regions(module)
     _without_checks(module)
     _without_identities(module.graph)
     _without_writes(module.graph, leaves)

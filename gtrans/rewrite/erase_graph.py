@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from gtrans.analysis.axes import Axis, kept_size, mask
-from gtrans.analysis.axis_rules.context import Edits, Total, bind
+from gtrans.analysis.axis_rules.context import Edits, Total, bind, packet_of
 from gtrans.analysis.erasable import Structure
 from gtrans.ir import ops
 from gtrans.ir.program import Leaf, Program, identity
@@ -188,6 +188,10 @@ class GraphErasure:
         edits = self.structure.analysis.context.edits.get(node, Edits())
         target: Any = node.target
         bound = bind(node)
+        if packet_of(node) in (aten.cat, aten.concat):
+            left = self._left_of(bound)
+            if left is not None:
+                return self.made[left[0]] if len(left) == 1 else self._joined(node, left)
         changed = {k: self.argument(v) for k, v in edits.arguments.items()}
         if not edits.arguments and not edits.pieces and not edits.divisor:
             return self._graph.node_copy(node, self.made.__getitem__)
@@ -209,6 +213,17 @@ class GraphErasure:
                 kwargs[key] = value
         args, kwargs = fx.map_arg((args, kwargs), self.made.__getitem__)
         return self._insert(node, target, *args, **kwargs)
+
+    def _left_of(self, bound: dict[str, Any]) -> list[fx.Node] | None:
+        """The operands of a concatenation that have indices left; None if all have."""
+        axes = self.structure.analysis.axes
+        tensors = list(bound["tensors"])
+        rank = max(len(axes(t)) for t in tensors)
+        whole = [t for t in tensors if len(axes(t)) < rank or self.size(axes(t)[bound["dim"]])]
+        return whole if len(whole) < len(tensors) else None
+
+    def _joined(self, node: fx.Node, left: list[fx.Node]) -> fx.Node:
+        return self._insert(node, node.target, [self.made[t] for t in left], bind(node)["dim"])
 
     def _divide_by(self, node: fx.Node, bound: dict[str, Any], old: int, new: int) -> fx.Node:
         name = ops.overload(node)

@@ -132,6 +132,13 @@ def _set_stock(module: nn.Module, groups: int | None, shape: tuple[int, ...] | N
         module.normalized_shape = shape
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.shape[0]
+    elif isinstance(module, nn.RNNBase):
+        module.hidden_size = module.get_parameter("weight_hh_l0").shape[1]
+        module.input_size = module.get_parameter("weight_ih_l0").shape[1]
+        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    elif isinstance(module, nn.RNNCellBase):
+        module.hidden_size = module.weight_hh.shape[1]
+        module.input_size = module.weight_ih.shape[1]
 
 
 def _longer(module: nn.Module, divisor: int) -> nn.Module | None:

@@ -209,9 +209,10 @@ def _exits(graph: GraphErasure) -> dict[fx.Node, list[str]]:
     for node in graph.structure.program.graph.nodes:
         if node.op != "call_function":
             continue
-        # Capture writes the second call of a module as "path@1".
-        stack = (node.meta.get("nn_module_stack") or {}).values()
-        repeated |= {str(path).partition("@")[0] for path, _ in stack if "@" in str(path)}
+        # Capture writes the second call of a module as "path@1", in the path or in its key.
+        for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+            if "@" in str(path) or "@" in key:
+                repeated.add(str(path).partition("@")[0])
         for path in paths_of(node):
             if any(path not in paths_of(user) for user in node.users):
                 results.setdefault(path, []).append(node)

@@ -5,17 +5,20 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from gtrans.analysis.axis_rules.context import bind
 from gtrans.ir.program import Program, identity
+from gtrans.ir.regions import Autocast, autocasts
 
 
 def as_module(program: Program, name: str) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """A module that computes what a program does; it shares no memory with it.
 
-    Dropout and batch norm of torch's own layers follow the module's mode, as they did before
-    capture. Parameters that nothing reads are left out.
+    Operators that were under autocast are again. Dropout and batch norm of torch's own layers
+    follow the module's mode, as they did before capture. Parameters that nothing reads are left
+    out.
 
     Args:
         program: the program; it stays as it is.
@@ -36,10 +39,12 @@ def as_module(program: Program, name: str) -> tuple[fx.GraphModule, dict[fx.Node
             key = identity(tensor) if tensor.numel() else (node,)
             roots[program.leaves[node].name] = fresh.setdefault(key, _copy(tensor))
             twins[node] = graph.get_attr(program.leaves[node].name)
-    flag = _Flag(graph, roots, program.training)
+    flag, regions = _Flag(graph, roots, program.training), _Regions(graph)
     for node in program.graph.nodes:
         if node.op == "get_attr":
             roots[str(node.target)] = getattr(program.module, str(node.target))
+        if node.op in ("call_function", "output"):
+            regions.enter(autocasts(node))
         if node.op != "placeholder":
             twins[node] = graph.node_copy(node, twins.__getitem__)
             flag.follow_mode(node, twins[node])
@@ -56,6 +61,22 @@ def as_module(program: Program, name: str) -> tuple[fx.GraphModule, dict[fx.Node
             holder._non_persistent_buffers_set.add(last)
     _order(module, [leaf.name for leaf in program.leaves.values()])
     return module, twins
+
+
+class _Regions:
+    """Nodes that enter and leave autocast, so that each operator runs under what it ran under."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.entered: list[tuple[Autocast, fx.Node]] = []
+
+    def enter(self, wanted: tuple[Autocast, ...]) -> None:
+        """Leaves and enters regions, so that what comes next is under the wanted ones."""
+        while self.entered and tuple(r for r, _ in self.entered) != wanted[: len(self.entered)]:
+            self.graph.call_function(_exit_autocast, (self.entered.pop()[1],))
+        for region in wanted[len(self.entered) :]:
+            options = (region.device, region.dtype, region.enabled, region.cache)
+            self.entered.append((region, self.graph.call_function(_enter_autocast, options)))
 
 
 class _Flag:

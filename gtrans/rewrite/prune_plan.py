@@ -5,28 +5,46 @@ Made by `gtrans.prune`; see there.
 
 import copy
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from gtrans.analysis.erasable import ErasableClass, Frozen, Structure
-from gtrans.analysis.erase_choice import Selection, Target, as_masks, choose, kept
+from gtrans.analysis.erase_choice import IndexChoice, Selection, Target, as_masks, choose, kept
+from gtrans.analysis.erase_formulas import Formulas, formulas
 from gtrans.analysis.unit_scores import METHODS, score
-from gtrans.errors import ModelError, OptionError, PlanError, did_you_mean
+from gtrans.errors import OptionError, PlanError, did_you_mean
 from gtrans.ir.sizes import human
 from gtrans.rewrite.erase_graph import GraphErasure, cut
 from gtrans.rewrite.erase_modules import ModuleErasure
 from gtrans.rewrite.erase_optimizer import cut_optimizer
 from gtrans.rewrite.fit_attributes import Inexpressible
+from gtrans.rewrite.operator_plan import OperatorPlan
+from gtrans.rewrite.plan_model import parameters_of, with_tensors_of
 from gtrans.runtime.sparsifier import Schedule, Sparsifier
 
 log = logging.getLogger("gtrans")
 
 Form = Literal["auto", "module", "graph"]
 Norm = Literal["keep", "restart"]
+
+
+SHARES = tuple(tenth / 10 for tenth in range(10))
+"""The sparsities of `PrunePlan.pareto`."""
+
+
+@dataclass(frozen=True)
+class Trade:
+    """What a sparsity leaves of a model."""
+
+    sparsity: float
+    parameters: int
+    flops: int
+    bytes: int
 
 
 @dataclass
@@ -60,6 +78,11 @@ class PrunePlan:
         """What cannot be erased, and why."""
         return self.structure.frozen
 
+    @cached_property
+    def operators(self) -> OperatorPlan:
+        """What can be erased as a whole: branches, layers, candidates of a supernet."""
+        return OperatorPlan(self.model, self.structure)
+
     @property
     def parameters(self) -> int:
         """Number of parameters."""
@@ -79,7 +102,32 @@ class PrunePlan:
             "flops": self.structure.flops(counts),
         }
 
+    def formulas(self) -> Formulas:
+        """Parameters and operations as expressions in the sizes of classes and inputs."""
+        return formulas(self.structure)
+
     # ------------------------------------------------------------------ choosing
+
+    def pareto(self, shares: Sequence[float] = SHARES, **options: Any) -> list[Trade]:
+        """What is left at several sparsities, as far as they can be reached.
+
+        Args:
+            shares: sparsities, in rising order.
+            options: as for `select`, without a target.
+
+        Raises:
+            OptionError: see `select`.
+            PlanError: nothing can be erased.
+        """
+        self._admitted(options.get("contract", "exact"))
+        found: list[Trade] = []
+        for share in shares:
+            try:
+                left = self.left(self.select(sparsity=share, **options))
+            except PlanError:
+                break  # beyond the largest that can be reached
+            found.append(Trade(share, left["parameters"], left["flops"], left["bytes"]))
+        return found
 
     def select(
         self,
@@ -159,7 +207,8 @@ class PrunePlan:
             sparsity: share of all indices to zero.
             params: share of the parameters that may be left.
             flops: share of the operations that may be left.
-            method: "hesso" (the default), "dhspg", or a scoring method with the same schedule.
+            method: "hesso" (the default), "hesso-cric", "dhspg", or a scoring method with the
+                schedule of "hesso".
             start: optimizer steps before anything happens; a tenth of training is a good value.
             steps: optimizer steps until the target is reached.
             periods: rounds of choosing and decaying.
@@ -173,15 +222,16 @@ class PrunePlan:
             PlanError: nothing can be erased, or the target cannot be reached.
             ModelError: the optimizer holds the parameters of another model.
         """
+        classes = self._admitted(contract)
+        scope = "isomorphic" if method == "isomorphic" else "global"
         return Sparsifier(
-            self.structure,
-            self._admitted(contract),
+            IndexChoice(self.structure, classes, multiple_of, scope),
+            classes,
             self._tensors(self.model),
             optimizer,
             Target(sparsity, params, flops),
             method,
             Schedule(start, steps, periods),
-            multiple_of,
             pull,
             half_space,
         )
@@ -211,7 +261,7 @@ class PrunePlan:
             PlanError: form="module" and the model's class cannot express the result.
         """
         target = self.model if model is None else model
-        structure = self._for(target)
+        structure = with_tensors_of(target, self.structure)
         chosen = self._checked(self.zeros(target) if selection is None else selection)
         if not any(bool(gone.any()) for gone in chosen.values()):
             return copy.deepcopy(target)
@@ -329,30 +379,7 @@ class PrunePlan:
         return admitted
 
     def _tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        self._require_same(model)
-        return dict(model.named_parameters(remove_duplicate=False))
-
-    def _require_same(self, model: nn.Module) -> None:
-        found = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
-        for name, node in self.structure.program.parameters().items():
-            shape = tuple(axis.size for axis in self.structure.analysis.axes(node))
-            if found.get(name) != shape:
-                has = f"{found[name]} for" if name in found else "no"
-                raise ModelError(
-                    f"this plan is not for this {type(model).__name__}: it has {has} {name!r}, the "
-                    f"plan {shape}. Either it is another model or it has been erased already; "
-                    "make a new plan with gtrans.prune(model, ...)"
-                )
-
-    def _for(self, model: nn.Module) -> Structure:
-        """The structure with the tensors that a model has now."""
-        self._require_same(model)
-        program = self.structure.program
-        state: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        state.update(model.named_buffers(remove_duplicate=False))
-        tensors = {n: state.get(program.leaves[n].name, t) for n, t in program.tensors.items()}
-        analysis = replace(self.structure.analysis, program=replace(program, tensors=tensors))
-        return replace(self.structure, analysis=analysis)
+        return parameters_of(model, self.structure)
 
     def _checked(self, selection: Mapping[str, torch.Tensor]) -> Selection:
         known = {c.name: c for c in self.classes}

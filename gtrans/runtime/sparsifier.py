@@ -8,20 +8,25 @@
 
 It runs after `optimizer.step()`, through the optimizer's own hook, so momentum and Adam moments
 cannot revive what is zero. Scores are computed once a period; no step waits for the device.
-Left out of the paper: the corrective cycles of HESSO-CRIC.
+HESSO-CRIC spends the first half of its steps on finding out which slices to take (see
+`corrective_cycles`), and the second on their decay.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from gtrans.analysis.erasable import ErasableClass, Structure
-from gtrans.analysis.erase_choice import Selection, Target, choose
-from gtrans.analysis.unit_scores import METHODS, score
+from gtrans.analysis.erasable import ErasableClass
+from gtrans.analysis.erase_choice import Selection, Target
+from gtrans.analysis.unit_scores import METHODS, Scores, score
 from gtrans.errors import ModelError, OptionError, did_you_mean
+from gtrans.runtime.corrective_cycles import CorrectiveCycles
+
+CYCLES = 5
+"""Cycles of HESSO-CRIC at most."""
 
 
 @dataclass(frozen=True)
@@ -57,31 +62,37 @@ class Schedule:
         return number, step - number * length, size
 
 
+class Choice(Protocol):
+    """Picks what goes."""
+
+    def choose(self, scores: Scores, target: Target, chosen: Selection) -> Selection:
+        """What to erase for a target, given what is erased already."""
+        ...
+
+
 @dataclass
 class Sparsifier:
     """Zeroes slices of a model in training until a target is met.
 
     Args:
-        structure: the analysed program.
+        choice: picks what goes from scores.
         classes: what may be erased.
         tensors: the model's parameters by path.
         optimizer: the optimizer that trains them.
         target: what to reach.
         method: how indices are scored, and how they go ("dhspg", else linear decay).
         schedule: when.
-        multiple_of: sizes that are left are multiples of this.
         pull: λ of DHSPG, how hard slices are pulled to the origin.
         half_space: ε of DHSPG, from 0 to below 1: larger projects earlier.
     """
 
-    structure: Structure
+    choice: Choice
     classes: Sequence[ErasableClass]
     tensors: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     target: Target
     method: str = "hesso"
     schedule: Schedule = field(default_factory=Schedule)
-    multiple_of: int = 1
     pull: float = 1e-3
     half_space: float = 0.0
     taken: int = field(default=0, init=False)
@@ -108,11 +119,13 @@ class Sparsifier:
         self._groups = rates
         none = {c.name: torch.zeros(c.size, dtype=torch.bool) for c in self.classes}
         self.zeroed, self.active = none, {k: v.clone() for k, v in none.items()}
-        self._factors: dict[tuple[str, int], torch.Tensor] = {}
-        self._before: dict[str, torch.Tensor] = {}
+        self._factors: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        self._pulled: list[_Pulled] = []
+        self._cycles: CorrectiveCycles | None = None
+        self._decay_from = -1
         # An impossible target is an error now, not after a day of training.
         zero = {c.name: torch.arange(c.size, dtype=torch.float64) for c in self.classes}
-        choose(self.structure, self.classes, zero, self.target, multiple_of=self.multiple_of)
+        self.choice.choose(zero, self.target, none)
         self._handle = self.optimizer.register_step_post_hook(lambda *_: self.step())
 
     @property
@@ -144,6 +157,8 @@ class Sparsifier:
         if number < self.schedule.steps:
             if self.method == "dhspg":
                 self._pull_step(number)
+            elif self.method == "hesso-cric":
+                self._corrected_step(number)
             else:
                 self._decay_step(number)
         self._hold()
@@ -172,56 +187,73 @@ class Sparsifier:
         period, t, length = self.schedule.period(number)
         if t == 0:
             self._select((period + 1) / self.schedule.periods)
-        self._scale(self.active, (length - t - 1) / (length - t))
+            self._refresh()
+        self._decay((length - t - 1) / (length - t))
         if t == length - 1:
+            self._commit(self.active)
+
+    def _decay(self, factor: float) -> None:
+        for parameter, keep, active in self._factors:
+            if active is not None:
+                parameter.mul_(keep.sub(active, alpha=1 - factor))
+
+    def _corrected_step(self, number: int) -> None:
+        """Cycles in the first half, then one decay of what they found."""
+        half = max(1, self.schedule.steps // 2)
+        if self._cycles is None and number < half:
+            self._cycles = CorrectiveCycles(
+                self.tensors,
+                lambda: score(self.classes, self.tensors, "hesso"),
+                lambda scores: self.choice.choose(scores, self.target, self.zeroed),
+                max(1, half // CYCLES),
+                CYCLES,
+            )
+        cycles = self._cycles
+        if cycles is not None and not cycles.done:
+            factor = cycles.step()
+            self.active = cycles.decaying
+            self._refresh()
+            self._decay(factor)
+            cycles.finish()
+            return
+        if self._decay_from < 0:
+            self._decay_from = number
+            scores = score(self.classes, self.tensors, "hesso") if cycles is None else cycles.mean()
+            self.active = self.choice.choose(scores, self.target, self.zeroed)
+            self._refresh()
+        left = self.schedule.steps - number
+        self._decay((left - 1) / left)
+        if left == 1:
             self._commit(self.active)
 
     def _pull_step(self, number: int) -> None:
         if number == 0:
             self._select(1.0)
-            self._before = self._copy()
-            return
-        for c in self.classes:
-            self._pull_class(c)
+        if not self._pulled:
+            self._pulled = [_Pulled(c, self.tensors) for c in self.classes]
+        for pulled in self._pulled:
+            self._pull_class(pulled)
         if number == self.schedule.steps - 1:
             self._commit(self.active)
-            self._before = {}
-        else:
-            self._before = self._copy()
+            self._pulled = []
+        for pulled in self._pulled:
+            pulled.keep(self.active[pulled.cls.name] & ~self.zeroed[pulled.cls.name])
 
-    def _copy(self) -> dict[str, torch.Tensor]:
-        names = {m.name for c in self.classes for m in c.producers if self.active[c.name].any()}
-        return {name: self.tensors[name].detach().clone() for name in names}
-
-    def _pull_class(self, c: ErasableClass) -> None:
+    def _pull_class(self, pulled: "_Pulled") -> None:
         """One DHSPG step on the active slices of a class: pull, then project."""
-        active = self.active[c.name] & ~self.zeroed[c.name]
-        if not bool(active.any()):
+        if not pulled.rows:
             return
-        sums = torch.zeros(4, c.size, dtype=torch.float64)
-        rate = max(self._rate(m.name) for m in c.producers)
-        for m in c.producers:
-            x, old = self.tensors[m.name].detach(), self._before[m.name]
-            # What the optimizer did, whatever it is, is the descent direction of this step.
-            v = (old - x) / max(rate, 1e-30)
-            for i, value in enumerate((x * old, old * old, old * v, v * v)):
-                sums[i] += _per_index(value, m.dim, m.labels, c.size)
-        along, square, dot, speed = sums
-        norm = square.sqrt().clamp(min=1e-12)
+        name = pulled.cls.name
+        rate = max(self._rate(m.name) for m in pulled.cls.producers)
+        dot, norm, speed, along = pulled.moments(max(rate, 1e-30))
         strength = pull_strength(dot, norm, speed, self.pull)
+        active = self.active[name] & ~self.zeroed[name]
         share = torch.where(active, rate * strength / norm, 0.0)
-        inside = along - share * square >= self.half_space * square
-        for m in c.producers:
-            self._subtract(m.name, m.dim, m.labels, share)
-        self.zeroed[c.name] |= active & ~inside
+        inside = along - share * norm * norm >= self.half_space * norm * norm
+        pulled.subtract(share)
+        self.zeroed[name] |= active & ~inside
         if not bool(inside[active].all()):
             self._refresh()
-
-    def _subtract(self, name: str, dim: int, labels: torch.Tensor, share: torch.Tensor) -> None:
-        parameter, old = self.tensors[name], self._before[name]
-        per_index = torch.where(labels >= 0, share[labels.clamp(min=0)], 0.0)
-        shape = [-1 if d == dim else 1 for d in range(parameter.ndim)]
-        parameter.sub_(old * per_index.to(old.device, old.dtype).reshape(shape))
 
     def _rate(self, name: str) -> float:
         group = self._groups.get(self.tensors[name])
@@ -229,16 +261,7 @@ class Sparsifier:
 
     def _select(self, progress: float) -> None:
         scores = score(self.classes, self.tensors, self.method)
-        scope = "isomorphic" if self.method == "isomorphic" else "global"
-        chosen = choose(
-            self.structure,
-            self.classes,
-            scores,
-            self.target.at(progress),
-            multiple_of=self.multiple_of,
-            chosen=self.zeroed,
-            scope=scope,
-        )
+        chosen = self.choice.choose(scores, self.target.at(progress), self.zeroed)
         self.active = {name: gone & ~self.zeroed[name] for name, gone in chosen.items()}
 
     def _commit(self, chosen: Selection) -> None:
@@ -247,43 +270,73 @@ class Sparsifier:
         self.active = {name: torch.zeros_like(gone) for name, gone in chosen.items()}
         self._refresh()
 
-    def _scale(self, chosen: Selection, factor: float) -> None:
-        for c in self.classes:
-            if bool(chosen[c.name].any()):
-                vector = torch.where(chosen[c.name], factor, 1.0)
-                for m in c.producers:
-                    self._multiply(m.name, m.dim, m.labels, vector)
-
-    def _multiply(self, name: str, dim: int, labels: torch.Tensor, factor: torch.Tensor) -> None:
-        parameter = self.tensors[name]
-        per_index = torch.where(labels >= 0, factor[labels.clamp(min=0)], 1.0)
-        shape = [-1 if d == dim else 1 for d in range(parameter.ndim)]
-        parameter.mul_(per_index.to(parameter.device, parameter.dtype).reshape(shape))
-
     def _refresh(self) -> None:
-        """Recomputes what `_hold` multiplies with; one vector per parameter dimension."""
-        self._factors = {}
+        """Recomputes what parameters are multiplied with: a vector for each of their dimensions."""
+        found: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         for c in self.classes:
-            if not bool(self.zeroed[c.name].any()):
+            gone, active = self.zeroed[c.name], self.active[c.name]
+            if not bool((gone | active).any()):
                 continue
             for m in c.producers:
-                parameter = self.tensors[m.name]
-                gone = (m.labels >= 0) & self.zeroed[c.name][m.labels.clamp(min=0)]
-                keep = (~gone).to(parameter.device, parameter.dtype)
-                key = (m.name, m.dim)
-                self._factors[key] = self._factors.get(key, 1.0) * keep
+                hit, place = m.labels >= 0, m.labels.clamp(min=0)
+                keep, decay = ~(hit & gone[place]), hit & active[place]
+                before = found.get((m.name, m.dim), (torch.tensor(True), torch.tensor(False)))
+                found[m.name, m.dim] = (before[0] & keep, before[1] | decay)
+        self._factors = []
+        for (name, dim), (keep, decay) in found.items():
+            parameter = self.tensors[name]
+            shape = [-1 if d == dim else 1 for d in range(parameter.ndim)]
+            kept = keep.to(parameter.device, parameter.dtype).reshape(shape)
+            decaying = (decay & keep).to(parameter.device, parameter.dtype).reshape(shape)
+            self._factors.append((parameter, kept, decaying if bool(decay.any()) else None))
 
     def _hold(self) -> None:
-        for (name, dim), keep in self._factors.items():
-            parameter = self.tensors[name]
-            parameter.mul_(keep.reshape([-1 if d == dim else 1 for d in range(parameter.ndim)]))
+        for parameter, keep, _ in self._factors:
+            parameter.mul_(keep)
 
 
-def _per_index(value: torch.Tensor, dim: int, labels: torch.Tensor, size: int) -> torch.Tensor:
-    others = [d for d in range(value.ndim) if d != dim]
-    vector = (value.sum(others) if others else value).double().cpu()
-    hit = labels >= 0
-    return torch.zeros(size, dtype=torch.float64).index_add_(0, labels[hit], vector[hit])
+@dataclass
+class _Pulled:
+    """The active slices of a class, as they were before the optimizer's step."""
+
+    cls: ErasableClass
+    tensors: dict[str, nn.Parameter]
+    rows: list[tuple[nn.Parameter, int, torch.Tensor, torch.Tensor, torch.Tensor]] = field(
+        default_factory=list
+    )
+
+    def keep(self, active: torch.Tensor) -> None:
+        """Notes the slices of the active indices: parameter, dimension, rows, labels, values."""
+        self.rows = []
+        for m in self.cls.producers if bool(active.any()) else ():
+            hit = (m.labels >= 0) & active[m.labels.clamp(min=0)]
+            rows = hit.nonzero().flatten()
+            parameter = self.tensors[m.name].detach()
+            places = rows.to(parameter.device)
+            held = torch.atleast_1d(parameter).index_select(m.dim, places).clone()
+            self.rows.append((self.tensors[m.name], m.dim, places, m.labels[rows], held))
+
+    def moments(self, rate: float) -> tuple[torch.Tensor, ...]:
+        """For every index x·v, ‖x‖, ‖v‖² and x·x', with x before and x' after the step.
+
+        What the optimizer did, whatever it is, is the descent direction v of this step.
+        """
+        sums = torch.zeros(4, self.cls.size, dtype=torch.float64)
+        for parameter, dim, rows, labels, old in self.rows:
+            x = torch.atleast_1d(parameter.detach()).index_select(dim, rows)
+            v = (old - x) / rate
+            others = [d for d in range(x.ndim) if d != dim]
+            parts = [p.sum(others) if others else p for p in (old * v, old * old, v * v, x * old)]
+            sums.index_add_(1, labels, torch.stack(parts).double().cpu())
+        dot, square, speed, along = sums
+        return dot, square.sqrt().clamp(min=1e-12), speed, along
+
+    def subtract(self, share: torch.Tensor) -> None:
+        """Takes a share of what they were from the slices."""
+        for parameter, dim, rows, labels, old in self.rows:
+            shape = [-1 if d == dim else 1 for d in range(old.ndim)]
+            step = old * share[labels].to(old.device, old.dtype).reshape(shape)
+            torch.atleast_1d(parameter.detach()).index_add_(dim, rows, step, alpha=-1)
 
 
 def pull_strength(

@@ -57,7 +57,14 @@ def prune(
 
 def _within_class(plan: PrunePlan) -> PrunePlan:
     """Freezes the classes that the model's own class cannot express at half their size."""
-    if not _why_not(plan, plan.classes):
+    # One attribute may stand for two classes, so every two must be cut apart in some trial.
+    bits = range(max(1, (len(plan.classes) - 1).bit_length()))
+    trials = [
+        [c for i, c in enumerate(plan.classes) if (i >> bit) % 2 == side]
+        for bit in bits
+        for side in (0, 1)
+    ]
+    if not any(_why_not(plan, trial) for trial in trials):
         return plan
     reasons = {c.name: _why_not(plan, [c]) for c in plan.classes}
     frozen = [

@@ -418,3 +418,51 @@ def test_a_bug_of_ours_exits_with_3_and_says_so(run: Run, monkeypatch: pytest.Mo
     assert "GTRANS_TRACEBACK=1 shows the traceback" in text
     monkeypatch.setenv("GTRANS_TRACEBACK", "1")
     assert "Traceback (most recent call last)" in run("doctor", code=3).stderr
+
+
+PRUNABLE = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x):
+        y = torch.relu(self.a(x))
+        return self.c(y + self.b(torch.tanh(self.norm(y))))
+
+
+def make():
+    return Net(), torch.randn(3, 4)
+
+
+def gate():
+    return nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 2)), torch.randn(3, 4)
+"""
+
+
+def test_prune_lists_classes_trades_formulas_and_draws(
+    run: Run, run_json: RunJson, tmp_path: Path
+) -> None:
+    file, svg = tmp_path / "prunable.py", tmp_path / "classes.svg"
+    file.write_text(PRUNABLE)
+    found = run("prune", f"{file}:make", "--formulas", "--svg", str(svg))
+    assert "a.weight[0]" in found.stdout
+    assert "(4): input" in found.stdout
+    assert "parameters = n1*" in found.stdout
+    assert "analysed in" in found.stderr
+    drawn = svg.read_text()
+    for text in ("input x", ">norm<", ">add<", "a.weight[0]  exact", "b.weight[1] (cut only)"):
+        assert text in drawn
+    value = run_json("prune", f"{file}:make", "--formulas")
+    assert [t["sparsity"] for t in value["pareto"]] == [i / 10 for i in range(10)]
+    assert value["pareto"][0]["parameters"] == value["parameters"]
+    assert value["formulas"]["symbols"]["n1"] == "a.weight[0]"
+    nothing = run("prune", f"{file}:gate")
+    assert "approximate: linear" in nothing.stdout
+    assert "nothing of Sequential can be erased" in nothing.stderr
+    assert run_json("prune", f"{file}:gate", "--contract", "approximate")["classes"][0]["reason"]

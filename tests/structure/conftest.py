@@ -70,7 +70,7 @@ def _floats(output: Any) -> list[torch.Tensor]:
     return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
-def _gradients(model: nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
+def gradients(model: nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
     model.zero_grad(set_to_none=True)
     outputs = _floats(model(*args, **kwargs))
     generator = torch.Generator().manual_seed(7)
@@ -108,7 +108,7 @@ def compare(
     chosen = selection(plan)
     plan.zero(chosen)
     erased = plan.erase(chosen, form=form)
-    expected, actual = _gradients(model, args, kwargs), _gradients(erased, args, kwargs)
+    expected, actual = gradients(model, args, kwargs), gradients(erased, args, kwargs)
     assert len(expected) == len(actual) > 0
     forward = max(
         float(((a - b).norm() / a.norm().clamp(min=1e-30)).detach())

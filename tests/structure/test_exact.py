@@ -108,6 +108,46 @@ class Shuffle(nn.Module):
         return self.head((x * gate[:, :, None, None]).flatten(1))
 
 
+class Recurrent(nn.Module):
+    """Stacked, bidirectional, then cells: hidden units of all of them can go."""
+
+    def __init__(self, kind: Callable[..., nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.enter = nn.Linear(5, 8)
+        self.rnn = kind(8, 6, num_layers=2, **options)
+        self.gru = nn.GRUCell(6 * (1 + self.rnn.bidirectional), 7)
+        self.lstm, self.head = nn.LSTMCell(7, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y, _ = self.rnn(F.relu(self.enter(x)))
+        h = state = None
+        for t in range(2):
+            h = self.gru(y[:, t], h)
+            state = self.lstm(h, state)
+        assert state is not None
+        return self.head(state[0])
+
+
+class Spectral(nn.Module):
+    """Filters along time by Fourier transforms, and sums messages at the ends of edges."""
+
+    edges: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.kernel = nn.Parameter(torch.randn(4, 8))
+        self.register_buffer("edges", torch.tensor([[0, 1, 2, 3, 3], [1, 2, 3, 0, 1]]))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.enter(x)
+        spectrum = torch.fft.rfft(h, n=8, dim=1) * torch.fft.rfft(self.kernel, n=8, dim=0)
+        h = torch.fft.irfft(spectrum, n=8, dim=1)[:, :4].transpose(0, 1)
+        sent = torch.zeros_like(h).index_add(0, self.edges[1], h[self.edges[0]])
+        top = sent.gather(0, sent.argmax(0, keepdim=True))
+        return self.leave(h + sent + top)
+
+
 def _mlp() -> nn.Module:
     return nn.Sequential(
         *(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 12), nn.Tanh()),
@@ -140,6 +180,14 @@ PLAIN: dict[str, Callable[[], Built]] = {
     "packed-attention": lambda: (Attention(4, 4, True), (IDS,), {}),
     "separate-attention": lambda: (Attention(4, 4, False), (IDS,), {}),
     "gqa": lambda: (Attention(6, 2, False), (IDS,), {}),
+    "gru": lambda: (Recurrent(nn.GRU, batch_first=True), (torch.randn(2, 3, 5),), {}),
+    "lstm": lambda: (
+        Recurrent(nn.LSTM, batch_first=True, bidirectional=True),
+        (torch.randn(2, 3, 5),),
+        {},
+    ),
+    "rnn": lambda: (Recurrent(nn.RNN, bias=False), (torch.randn(2, 3, 5),), {}),
+    "spectral": lambda: (Spectral(), (torch.randn(2, 4, 3),), {}),
     "shuffle": lambda: (Shuffle(), (torch.randn(2, 4, 2, 2),), {}),
 }
 
@@ -247,6 +295,61 @@ def test_a_llama_stays_a_llama() -> None:
     torch.testing.assert_close(slim(**kwargs).logits, model(**kwargs).logits, rtol=1e-5, atol=1e-6)
     longer = torch.randint(3, 50, (3, 11))
     torch.testing.assert_close(slim(longer).logits, model(longer).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_that_is_given_is_not_known_to_be_zero() -> None:
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.rnn, self.head = nn.Linear(3, 6), nn.GRU(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            y, _ = self.rnn(x, torch.sigmoid(self.start(x[:1])))
+            return self.head(y)
+
+    plan = gtrans.prune(Given(), torch.randn(4, 2, 3))
+    (found,) = plan.classes
+    assert found.reason.startswith("gru (")
+
+
+class Regions(nn.Module):
+    """Half precision around some layers, none inside that, and a scale without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.norm = nn.Linear(5, 8), nn.LayerNorm(8)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.enter(x)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            y = self.a(self.norm(x))
+            with torch.autocast(x.device.type, enabled=False):
+                y = F.relu(y.float())
+            y = self.b(y)
+        with torch.no_grad():
+            scale = self.norm(x).square().sum(-1, keepdim=True)
+        return y.float() * scale
+
+
+@pytest.mark.parametrize("form", ["module", "graph"])
+def test_regions_under_autocast_and_without_gradients(form: Any) -> None:
+    model, x = Regions(), torch.randn(4, 5)
+    plan = gtrans.prune(model, x)
+    assert [c.exact for c in plan.classes] == [True, True]
+    chosen = plan.select(sparsity=0.5, scope="local")
+    plan.zero(chosen)
+    slim = plan.erase(chosen, form=form)
+    found, expected = slim(x), model(x)
+    # One unit in the last place of bfloat16, in the product that autocast halves.
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    found.sum().backward()
+    expected.sum().backward()
+    new, old = slim.get_parameter("b.bias").grad, model.b.bias.grad
+    assert new is not None
+    assert old is not None
+    torch.testing.assert_close(new, old, rtol=1e-2, atol=1e-2)
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_training_mode_with_batch_statistics(erasure: Any) -> None:

@@ -142,6 +142,32 @@ def test_unreachable_targets_say_what_can_be_reached(plan: gtrans.PrunePlan) -> 
     assert plan.left(plan.select(flops=smallest))["flops"] <= smallest * plan.flops
 
 
+def test_formulas_give_the_numbers_at_every_size(plan: gtrans.PrunePlan) -> None:
+    found = plan.formulas()
+    assert set(found.meaning.values()) >= {"enter.weight[0]", "x.shape[0]", "x.shape[1]"}
+    symbol = {text: s for s, text in found.meaning.items()}
+    for share in (0.0, 0.3, 0.7):
+        chosen = plan.select(sparsity=share)
+        sizes = dict(found.sizes)
+        for name, gone in chosen.items():
+            sizes[symbol[name]] = int((~gone).sum())
+        left = plan.left(chosen)
+        assert found.parameters.subs(sizes) == left["parameters"]
+        assert found.flops.subs(sizes) == left["flops"]
+    other = gtrans.prune(plan.model, torch.randn(3, 9, 3).double())
+    assert found.flops.subs({**found.sizes, symbol["x.shape[0]"]: 3, symbol["x.shape[1]"]: 9}) == (
+        other.flops
+    )
+    assert str(found).startswith("parameters = ")
+
+
+def test_trades_fall_and_end_where_nothing_more_can_go(plan: gtrans.PrunePlan) -> None:
+    found = plan.pareto((0.0, 0.5, 0.9, 1.0))
+    assert [t.sparsity for t in found] == [0.0, 0.5, 0.9]
+    assert found[0].parameters == plan.parameters
+    assert found[0].flops > found[1].flops > found[2].flops
+
+
 def test_bad_options(plan: gtrans.PrunePlan) -> None:
     with pytest.raises(OptionError, match="exactly one of sparsity"):
         plan.select()

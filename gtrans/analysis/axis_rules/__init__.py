@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from gtrans.analysis.axis_rules import norms, pointwise, products, shapes
+from gtrans.analysis.axis_rules import norms, pointwise, products, recurrent, shapes
 from gtrans.analysis.axis_rules.context import Rule, packet_of
 
 aten = torch.ops.aten
@@ -17,6 +17,7 @@ aten = torch.ops.aten
 RULES: dict[Any, Rule] = {
     **products.RULES,
     **norms.RULES,
+    **recurrent.RULES,
     **shapes.RULES,
     aten.prelu: pointwise.prelu,
     aten._prelu_kernel: pointwise.prelu,

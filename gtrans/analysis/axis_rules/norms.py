@@ -130,6 +130,14 @@ def topk(c: Context, node: fx.Node, a: dict[str, Any]) -> Any:
     return [[*xs[:dim], *fresh([v.shape[dim]], _opname(node)), *xs[dim + 1 :]] for v in values]
 
 
+def transform(c: Context, node: fx.Node, a: dict[str, Any]) -> Axes:
+    """Fourier transforms: the transformed axis keeps its size, the others pass."""
+    xs = c.of(a["self"])
+    dim = normal(a["dim"], len(xs))
+    freeze(xs[dim], _opname(node))
+    return [*xs[:dim], *fresh([shape(node)[dim]], _opname(node)), *xs[dim + 1 :]]
+
+
 def pooling(c: Context, node: fx.Node, a: dict[str, Any]) -> Any:
     """Pooling and resampling: batch and channels pass, positions keep their sizes."""
     x = a.get("self", a.get("input"))
@@ -203,6 +211,7 @@ RULES |= dict.fromkeys(
     extremum,
 )
 RULES[aten.topk] = topk
+RULES |= dict.fromkeys((aten.fft_rfft, aten.fft_irfft, aten.fft_fft, aten.fft_ifft), transform)
 RULES |= dict.fromkeys(
     (
         aten.max_pool1d,

@@ -105,8 +105,11 @@ def repeat_interleave(c: Context, node: fx.Node, a: dict[str, Any]) -> Axes:
     if not isinstance(a.get("repeats"), int) or a.get("dim") is None:
         raise Unsupported("repeat_interleave with varying repeats")
     dim, times = normal(a["dim"], len(xs)), Axis(a["repeats"])
+    made = merge([xs[dim], times])
     c.resize(node, "repeats", times)
-    return [*xs[:dim], merge([xs[dim], times]), *xs[dim + 1 :]]
+    if a.get("output_size") is not None:
+        c.resize(node, "output_size", made)
+    return [*xs[:dim], made, *xs[dim + 1 :]]
 
 
 def cat(c: Context, node: fx.Node, a: dict[str, Any]) -> Axes:
@@ -210,6 +213,28 @@ def roll(c: Context, node: fx.Node, a: dict[str, Any]) -> Axes:
     """The rolled dimensions keep their sizes."""
     xs = c.of(a["self"])
     freeze_all([xs[d] for d in dims_of(a["dims"], len(xs))], "roll")
+    return xs
+
+
+def gather(c: Context, node: fx.Node, a: dict[str, Any]) -> Axes:
+    """Picked along one dimension, which keeps its size; elsewhere the index has the input's."""
+    xs, given = c.of(a["self"]), c.of(a["index"])
+    dim = normal(a["dim"], len(xs))
+    freeze_all([xs[dim], given[dim]], "gather")
+    for d, (axis, other) in enumerate(zip(xs, given, strict=True)):
+        if d != dim:
+            unify(axis, other, "gather of a part")
+    return [given[d] if d == dim else axis for d, axis in enumerate(xs)]
+
+
+def index_add(c: Context, node: fx.Node, a: dict[str, Any]) -> Axes:
+    """Rows added at given places of one dimension, which keeps its size; the others pass."""
+    xs, source = c.of(a["self"]), c.of(a["source"])
+    dim = normal(a["dim"], len(xs))
+    freeze_all([xs[dim], source[dim]], "index")
+    for d, (axis, other) in enumerate(zip(xs, source, strict=True)):
+        if d != dim:
+            unify(axis, other)
     return xs
 
 
@@ -353,6 +378,8 @@ RULES |= {
     aten.constant_pad_nd: pad,
     aten.roll: roll,
     aten.index_select: index_select,
+    aten.gather: gather,
+    aten.index_add: index_add,
     aten.index: index,
     aten.pixel_shuffle: pixel_shuffle,
     aten.zeros: created,
