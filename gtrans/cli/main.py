@@ -9,6 +9,7 @@ import typer
 
 from gtrans import __version__
 from gtrans.cli import catalog, checks, debug, graphs, memory, reports
+from gtrans.cli.pruning import PRUNE_EXAMPLES, prune
 
 app = typer.Typer(
     name="gtrans",
@@ -43,6 +44,7 @@ def _root(
 
 
 app.command("passes", epilog=catalog.PASSES_EXAMPLES)(catalog.passes)
+app.command("prune", epilog=PRUNE_EXAMPLES)(prune)
 app.command("show", epilog=graphs.SHOW_EXAMPLES)(graphs.show)
 app.command("diff", epilog=graphs.DIFF_EXAMPLES)(graphs.diff)
 app.command("explain", epilog=reports.EXPLAIN_EXAMPLES)(reports.explain)
