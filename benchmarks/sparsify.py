@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ from gtrans.analysis.measure import interleaved_seconds, paired_ratio
 SPEED_UP, OVERHEAD, POINT = 1.6, 0.03, 0.01
 PACKAGES = ("asyncio", "email", "unittest", "multiprocessing", "http", "logging", "importlib")
 
-Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+Batch = tuple[dict[str, Any], torch.Tensor]
 
 
 @dataclass(frozen=True)
