@@ -68,7 +68,6 @@ def test_the_cast_to_the_branches_absorbs_what_rebuilt_streams_are_off_by() -> N
     model, x = Autocast(Streams(16, 8, Perceptron)), torch.randn(256, 32)
     off = gtrans.measured_drift(model, x, passes="wide-streams,reversible,plan")
     assert off.worst < 1e-14
-    assert gtrans.measured_drift(model, x).worst > 1e-9
     require_bitwise(*kept_and_rebuilt(model, x)[:2])
 
 
