@@ -17,7 +17,8 @@ Candidates, each turned into a schedule, simulated for its true peak and timed b
 The list does not depend on any budget, so that a larger budget never gives a slower plan.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 from torch import fx
 
@@ -35,6 +36,8 @@ from gtrans.plan.cut import Cutter, read_directly
 from gtrans.plan.rebuild import Candidate, Choice, Rebuilder
 from gtrans.plan.waists import Waists
 
+_T = TypeVar("_T")
+
 Weight = Callable[[fx.Node], float | None]
 """By how much dearer than its seconds a node is; None forbids to run it again."""
 
@@ -46,11 +49,24 @@ _INNER_PRICES = (0.001, 0.3)
 # Relative price of what is no product, where products are to be avoided.
 _LEAN = 0.05
 # The dynamic program: segments, options, and how many peaks it is asked for.
-_LENGTH, _OPTIONS, _ROOMS = 48, 24, 24
+_LENGTH, _OPTIONS, _ROOMS = 48, 24, 36
+# Share of the simulations that cuts and segments may use up.
+_SHARE = 0.5
 # Readers of one recomputed value that are this many backward nodes apart share it.
 _WINDOW = 8
 # Simulations: so many tasks in all, but not fewer or more simulations than this.
-_TASKS, _FEWEST, _MOST = 300_000, 60, 140
+_TASKS, _FEWEST, _MOST = 500_000, 70, 180
+
+
+class _Uniform(NamedTuple):
+    """A minimum cut of the whole graph, and how what it recomputes may wait."""
+
+    label: str
+    weight: Weight
+    price: float
+    crossing: frozenset[fx.Node]
+    hold: frozenset[fx.Node]
+    boundaries: tuple[int, ...]
 
 
 class Front:
@@ -117,21 +133,28 @@ class Front:
         rate = sum(self._plain_bytes()) / max(sum(self._forward_seconds()), 1e-9)
         cheap = self._cut(_CLASSES["row-wise"], 0.3 * rate)
         held = frozenset((*cheap, *self._plain_dear()))
-        self._segments(held, rate)
-        self._sweep(held, rate)
+        self._uniform(held, rate)
         self._mixtures()
         self._local_search()
 
-    def _sweep(self, held: frozenset[fx.Node], rate: float) -> None:
-        for name, weight in _CLASSES.items():
-            for price in _PRICES:
-                save = self._cut(weight, price * rate)
-                label = f"{name} operators at price {price:g}"
-                self._try(label, Choice(save))
-                hold = frozenset() if name == "row-wise" else held
-                self._try(label, Choice(save, hold, _WINDOW))
+    def _uniform(self, held: frozenset[fx.Node], rate: float) -> None:
+        """Tries cuts and segments, or evenly spread ones of them where simulations are dear."""
+        found = [*self._cuts(held, rate), *self._segments(held, rate)]
+        for label, weight, price, crossing, hold, at in _spread(
+            found, int(self.left * _SHARE) // 2
+        ):
+            save = self._cut(weight, price, crossing)
+            self._try(label, Choice(save, hold, _WINDOW), at)
+            self._try(label, Choice(save), at)
 
-    def _segments(self, held: frozenset[fx.Node], rate: float) -> None:
+    def _cuts(self, held: frozenset[fx.Node], rate: float) -> Iterator[_Uniform]:
+        for name, weight in _CLASSES.items():
+            hold = frozenset() if name == "row-wise" else held
+            for price in _PRICES:
+                label = f"{name} operators at price {price:g}"
+                yield _Uniform(label, weight, price * rate, frozenset(), hold, ())
+
+    def _segments(self, held: frozenset[fx.Node], rate: float) -> Iterator[_Uniform]:
         seen: set[tuple[int, ...]] = set()
         for count in _SEGMENTS:
             at = self.waists.boundaries(count)
@@ -140,11 +163,8 @@ class Front:
             seen.add(at)
             crossing = frozenset(v for p in at for v in self.waists.values_at(p))
             for price in _INNER_PRICES:
-                save = self._cut(_CLASSES["all"], price * rate, crossing)
                 label = f"{len(at) + 1} segments at price {price:g}"
-                self._try(label, Choice(save, held, _WINDOW), at)
-                if price == _INNER_PRICES[0]:
-                    self._try(label, Choice(save), at)
+                yield _Uniform(label, _CLASSES["all"], price * rate, crossing, held, at)
 
     def _mixtures(self) -> None:
         chain = Chain(self.joint, self.waists, self.waists.boundaries(_LENGTH))
@@ -154,8 +174,9 @@ class Front:
         lowest = 0.8 * min(c.peak for c in self.candidates)
         highest = self.candidates[0].peak
         constants = self.simulate(self.schedule(self.candidates[0])).constant_bytes
-        for i in range(_ROOMS):
-            room = lowest + (highest - lowest) * i / _ROOMS - constants
+        rooms = min(_ROOMS, 2 * self.left // 3)
+        for i in range(rooms):
+            room = lowest + (highest - lowest) * i / rooms - constants
             found = chain.solve(options, room)
             if found is not None:
                 used = len(set(found))
@@ -261,7 +282,7 @@ class Front:
         return self.waists.position.get(node, -1)
 
 
-def _spread(items: list[Candidate] | list[int], count: int) -> list:  # type: ignore[type-arg]
+def _spread(items: Sequence[_T], count: int) -> list[_T]:
     """Some items of a list, evenly spread, the last one among them."""
     if len(items) <= count:
         return list(items)
