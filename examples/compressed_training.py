@@ -7,6 +7,7 @@ with exact residuals, with the same bits everywhere, and with bits where they ma
 """
 
 import copy
+import sys
 
 import torch
 from torch import nn
@@ -51,7 +52,7 @@ def main() -> None:
         twin = gtrans.optimize(copy.deepcopy(model), passes=passes, backend="eager")
         optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3)
         losses = []
-        for _ in range(60):
+        for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 60):
             loss = functional.mse_loss(twin(inputs), targets)
             loss.backward()
             optimizer.step()

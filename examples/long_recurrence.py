@@ -1,6 +1,7 @@
 """A GRU over 1024 steps: its backward as autograd has it, hoisted, and in a few sweeps."""
 
 import copy
+import sys
 import time
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 import gtrans
 
-STEPS, WIDTH = 1024, 32
+STEPS, WIDTH = int(sys.argv[1]) if len(sys.argv) > 1 else 1024, 32
 
 
 class Reader(nn.Module):

@@ -64,7 +64,7 @@ def test_demo_on_a_small_batch(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compressed_training() -> None:
-    printed = run_example("compressed_training.py")
+    printed = run_example("compressed_training.py", "5")
     assert "contract   unbiased" in printed
     rows = re.findall(
         r"(?m)^(exact|2 bits|3 bits, adapted) +([0-9.]+) MiB +\S+ +([0-9.]+)$", printed
@@ -74,7 +74,7 @@ def test_compressed_training() -> None:
 
 
 def test_long_recurrence() -> None:
-    printed = run_example("long_recurrence.py")
+    printed = run_example("long_recurrence.py", "256")
     found = re.findall(r"^(\S+) +([\d.]+) ms(?: +cosine ([\d.]+))?$", printed, re.MULTILINE)
     assert [name for name, *_ in found][:2] == ["autograd", "hoist-recurrence"]
     cosines = [float(c) for _, _, c in found[1:]]

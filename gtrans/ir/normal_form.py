@@ -6,7 +6,8 @@
    one stays, so a forward value that autograd computes again in the backward is read from the
    forward; the planner decides where it is computed.
 4. No dead nodes.
-5. Every node has `meta["val"]`, and its nested `meta` dictionaries are its own.
+5. Every node has `meta["val"]`, of the type its operator really returns, and its nested `meta`
+   dictionaries are its own.
 
 Patterns matched on raw graphs silently match nothing: the raw joint graph of a ReLU reads
 `relu -> detach -> detach -> threshold_backward`.
@@ -37,6 +38,7 @@ def normalise(joint: JointGraph) -> None:
         GraphError: a node has no recorded value.
     """
     _own_metadata(joint)
+    _correct_batch_norm(joint)
     _erase_identities(joint)
     _merge_views(joint)
     _merge_common_subexpressions(joint)
@@ -50,6 +52,22 @@ def _own_metadata(joint: JointGraph) -> None:
         for key, nested in node.meta.items():
             if type(nested) is dict:
                 node.meta[key] = dict(nested)
+
+
+def _correct_batch_norm(joint: JointGraph) -> None:
+    """Records that updated running statistics have the type of those that were given.
+
+    They are copies of them; torch's tracing states float32 whatever they are.
+    """
+    for norm in joint.calls(aten._native_batch_norm_legit_functional.default):
+        results = list(norm.meta["val"])
+        for i, given in ((3, norm.args[3]), (4, norm.args[4])):
+            if isinstance(given, fx.Node):
+                results[i] = results[i].to(given.meta["val"].dtype)
+        norm.meta["val"] = tuple(results)
+        for part in norm.users:
+            if ops.is_getitem(part):
+                part.meta["val"] = results[int(str(part.args[1]))]
 
 
 def _erase_identities(joint: JointGraph) -> None:

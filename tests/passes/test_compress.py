@@ -150,9 +150,8 @@ def test_the_gradient_is_affine_in_every_coded_copy(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gelu", "images"])
-def test_every_law_holds(name: str) -> None:
-    model, x, _ = CASES[name]
+def test_every_law_holds_for_images() -> None:
+    model, x, _ = CASES["images"]
     torch.manual_seed(0)
     assert check_pass(Compress(bits=2, min_numel=1, group=32, block=4), model, [x])
 

@@ -85,7 +85,7 @@ class _Step:
 # ------------------------------------------------------------------------------------- exactness
 
 
-@settings(max_examples=14, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     flavour=KINDS,
     depth=st.integers(1, 8),
