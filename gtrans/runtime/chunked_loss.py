@@ -150,30 +150,42 @@ def linear_cross_entropy(
     losses, found = _empty(rows, weight, wanted)
     for gradient in found[1:]:
         gradient.zero_()
-    step = -(-rows.shape[0] // chunks)
-    for start in range(0, rows.shape[0], max(step, 1)):
+    step = max(1, -(-rows.shape[0] // chunks))
+    for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
         h, y = rows[part], target[part]
         counts = (y != ignore_index).to(losses.dtype)
         y = y.where(counts > 0, 0)
         logp = _wide(F.linear(h, weight, bias)).log_softmax(-1)
         losses[part] = _losses(logp, y, class_weight, smoothing) * counts
-        if not any(wanted):
-            continue
-        scale = counts if cotangent is None else counts * cotangent[part].to(counts.dtype)
-        slope = _slope_in_place(logp, y, class_weight, smoothing)
-        del logp
-        slope, scale = slope.to(weight.dtype), scale.unsqueeze(-1)
-        if wanted[0]:
-            found[0][part] = (slope @ weight).to(found[0].dtype).mul_(scale)
-        scaled = h * scale.to(h.dtype)
-        if wanted[1] and found[1].dtype == slope.dtype:
-            found[1].addmm_(slope.t(), scaled)
-        elif wanted[1]:
-            found[1].add_(slope.t() @ scaled)
-        if wanted[2]:
-            found[2].add_((slope.t() @ scale.to(slope.dtype)).squeeze(-1))
+        if any(wanted):
+            scale = counts if cotangent is None else counts * cotangent[part].to(counts.dtype)
+            slope = _slope_in_place(logp, y, class_weight, smoothing).to(weight.dtype)
+            _add_gradients(slope, scale.unsqueeze(-1), h, weight, part, found)
+            del slope
+        del logp  # or it would be in memory beside the next chunk's logits
     return losses, *found
+
+
+def _add_gradients(
+    slope: torch.Tensor,
+    scale: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    part: slice,
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """What a chunk adds to the gradients of rows, weight and bias; empty ones are not wanted."""
+    rows, total, offset = found
+    if rows.numel():
+        rows[part] = (slope @ weight).to(rows.dtype).mul_(scale)
+    scaled = h * scale.to(h.dtype)
+    if total.numel() and total.dtype == slope.dtype:
+        total.addmm_(slope.t(), scaled)
+    elif total.numel():
+        total.add_(slope.t() @ scaled)
+    if offset.numel():
+        offset.add_((slope.t() @ scale.to(slope.dtype)).squeeze(-1))
 
 
 @linear_cross_entropy.register_fake
