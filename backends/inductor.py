@@ -32,6 +32,11 @@ from gtrans import __version__
 from gtrans.errors import OptionError, did_you_mean
 from gtrans.ir.half import Half, Runnable
 
+# Under a memory budget. Inductor keeps the memory of a dead value for a later one of its size, past
+# its own estimate of the peak if need be, which knows one half only; and its estimate is also what
+# it reorders by, away from the order of the plan.
+_FRUGAL = {"allow_buffer_reuse": False, "reorder_for_peak_memory": False}
+
 
 class Inductor:
     """The default lowering where a C++ compiler or Triton is at hand.
@@ -100,7 +105,8 @@ class Inductor:
         """Inductor's configuration while it works on a half, and the tag of its caches' keys."""
         tag = f"{compiler_config.cache_key_tag} {cache_tag(half)}".strip()
         tagged = compiler_config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]  # made by torch
-        with inductor_config.patch(self.settings), tagged:
+        settings = {**(_FRUGAL if half.frugal else {}), **self.settings}
+        with inductor_config.patch(settings), tagged:
             yield
 
 

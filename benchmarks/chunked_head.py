@@ -70,7 +70,7 @@ def _compare(
             model.compile()
         steps[way] = _step(model, *(x.to(device) for x in batch))
     peaks = {way: measured_peak(step, device=device).bytes for way, step in steps.items()}
-    rounds = 2 if quick else 5
+    rounds = 2 if quick else 3
     seconds = interleaved_seconds(steps, rounds=rounds, warm_up=0, device=device)
     ratios = {way: paired_ratio(seconds[way], seconds["plain"]) for way in steps}
     assert optimized is not None

@@ -176,10 +176,15 @@ class Compiler:
             beside += max(0, self.resident.bytes - _parameter_bytes(record.original))
             beside += max(0, self.resident.trainable_bytes - done)
         held = beside + sum(c.saved_bytes for c in earlier)
-        if not any(isinstance(p, Plan) and p.memory for p in self.pipeline.passes):
+        if not self.has_budget:
             return Surroundings(held)
         plain = plain_liveness(record.original).peak
         return Surroundings(held, plain + beside + sum(c.saved_bytes_before for c in earlier))
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a plan keeps the step under a memory budget."""
+        return any(isinstance(p, Plan) and p.memory is not None for p in self.pipeline.passes)
 
     def _warn(self, steps: list[Step]) -> None:
         for step in steps:
@@ -280,6 +285,7 @@ class _Job:
                 static_inputs=self._static_inputs(module, role),
                 graph=self.record.index,
                 pipeline=str(self.owner.pipeline),
+                frugal=self.owner.has_budget,
                 shared=self.shared,
             )
             if role == "forward" and not self.owner._lowering.overwrites_saved:

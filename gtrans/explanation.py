@@ -111,7 +111,7 @@ class Explanation(Shown):
     def peak(self) -> int:
         """Predicted peak of a step in bytes: parameters, buffers, inputs, gradients and values.
 
-        Of the eager backend; a compiler that fuses operators stays below it. The optimizer's state
+        Of the eager backend; one that fuses operators differs a little. The optimizer's state
         is not part of it.
         """
         held = [c.rewritten.surroundings.held_bytes for c in self.training if c.rewritten]

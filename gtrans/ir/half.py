@@ -26,6 +26,7 @@ class Half:
         static_inputs: positions of inputs whose storage stays put from step to step (parameters).
         graph: number of the captured graph that it is a half of.
         pipeline: text of the pipeline that made it; lowerings put it into the keys of their caches.
+        frugal: whether a memory budget is to be kept: then no memory may be held for a later use.
         shared: one dictionary for all halves of a graph, in which a lowering leaves what compiling
             one half tells about another.
     """
@@ -37,6 +38,7 @@ class Half:
     static_inputs: Sequence[int] = field(default=())
     graph: int = 0
     pipeline: str = ""
+    frugal: bool = False
     shared: dict[str, Any] = field(default_factory=dict)
 
     def with_tolerant_views(self) -> fx.GraphModule:

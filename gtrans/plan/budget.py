@@ -4,12 +4,12 @@
 
 The front does not depend on the budget, so peak and predicted time are monotone in it. The peak
 that counts is the one of the graph with the plan written into it; where a plan takes an offer of a
-pass, whose function is only known then, it is checked on a copy first.
+pass, whose function is only known then, it is checked on a copy first. Where a plan of the front
+fits but is not the fastest one, a faster one that fits with its wide regions taken by rows (see
+`gtrans.plan.streamed`) is preferred to it.
 """
 
 from dataclasses import dataclass
-
-from torch import fx
 
 from gtrans.analysis.cost import Device
 from gtrans.analysis.liveness import Liveness, simulate
@@ -24,6 +24,7 @@ from gtrans.plan.cut import read_directly
 from gtrans.plan.front import Front
 from gtrans.plan.realise import write
 from gtrans.plan.rebuild import Candidate, Choice, Rebuilder
+from gtrans.plan.streamed import fastest_streamed, streamed_plans, take_by_rows, written_copy
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Fit:
         limit: the budget in bytes.
         slowdown: predicted time relative to the fastest plan.
         count: operators that run again.
+        regions: how many regions are computed a few rows at a time.
     """
 
     candidate: Candidate
@@ -45,6 +47,7 @@ class Fit:
     limit: int
     slowdown: float
     count: int
+    regions: int = 0
 
 
 def plain_liveness(joint: JointGraph) -> Liveness:
@@ -72,47 +75,54 @@ def fit(joint: JointGraph, budget: Budget, device: Device) -> Fit:
     limit = budget.in_bytes(plain)
     front = Front(joint, device, stored=True)
     best = front.best()
-    smallest: tuple[int, Candidate] | None = None
+    room = limit - around.held_bytes
+    peaks = {id(c): c.peak for c in best}
+    fitting: Candidate | None = None
     for candidate in best:
-        peak = candidate.peak
-        if peak + around.held_bytes <= limit and any(
-            t.offered for t in front.schedule(candidate).tasks
-        ):
-            peak = _peak_when_written(joint, candidate.choice)
-        if smallest is None or peak < smallest[0]:
-            smallest = (peak, candidate)
-        if peak + around.held_bytes <= limit:
-            count = write(joint, front.schedule(candidate))
-            return Fit(
-                candidate,
-                peak + around.held_bytes,
-                plain,
-                limit,
-                candidate.seconds / best[0].seconds if best[0].seconds else 1.0,
-                count,
-            )
-    assert smallest is not None  # plain is always among them
-    raise BudgetError(_infeasible(front, smallest[1], smallest[0], plain, limit, budget))
+        if candidate.peak <= room and _takes_offers(front, candidate):
+            peaks[id(candidate)] = _peak_when_written(joint, candidate.choice)
+        if peaks[id(candidate)] <= room:
+            fitting = candidate
+            break
+    than = fitting.seconds if fitting is not None else float("inf")
+    streamed = fastest_streamed(front, room, than, device)
+    if streamed is not None:
+        fitting, peak, seconds = streamed.candidate, streamed.peak, streamed.seconds
+    elif fitting is not None:
+        peak, seconds = peaks[id(fitting)], fitting.seconds
+    else:
+        lowest = min(best, key=lambda c: peaks[id(c)])
+        raise BudgetError(_infeasible(front, lowest, peaks[id(lowest)], plain, limit, budget))
+    count = write(joint, front.schedule(fitting))
+    for _ in range(streamed.rounds if streamed is not None else 0):
+        take_by_rows(joint)
+    return Fit(
+        fitting,
+        peak + around.held_bytes,
+        plain,
+        limit,
+        seconds / best[0].seconds if best[0].seconds else 1.0,
+        count,
+        streamed.regions if streamed is not None else 0,
+    )
+
+
+def _takes_offers(front: Front, candidate: Candidate) -> bool:
+    return any(t.offered for t in front.schedule(candidate).tasks)
 
 
 def _peak_when_written(joint: JointGraph, choice: Choice) -> int:
-    twin = joint.copy()
-    same = dict(zip(joint.nodes, twin.nodes, strict=True))
-
-    def mapped(nodes: frozenset[fx.Node]) -> frozenset[fx.Node]:
-        return frozenset(same[n] for n in nodes)
-
-    hold = None if choice.hold is None else mapped(choice.hold)
-    schedule = Rebuilder(twin).schedule(Choice(mapped(choice.save), hold, choice.window))
-    assert schedule is not None  # as for the original
-    write(twin, schedule)
-    return simulate(schedule_of(twin)).peak
+    return simulate(schedule_of(written_copy(joint, choice))).peak
 
 
 def _infeasible(
     front: Front, candidate: Candidate, peak: int, plain: int, limit: int, budget: Budget
 ) -> str:
     liveness = front.simulate(front.schedule(candidate))
+    for streamed in streamed_plans(front.joint, candidate, front.device):
+        if streamed.peak < peak:
+            peak = streamed.peak
+            liveness = simulate(schedule_of(streamed.written_copy(front.joint)))
     held = front.joint.surroundings.held_bytes
     reached = peak + held
     node = liveness.peak_node

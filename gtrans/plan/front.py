@@ -80,6 +80,7 @@ class Front:
 
     def __init__(self, joint: JointGraph, device: Device, *, stored: bool = False) -> None:
         self.joint = joint
+        self.device = device
         self.rebuilder = Rebuilder(joint)
         self._cutter = Cutter(joint)
         self.candidates: list[Candidate] = []

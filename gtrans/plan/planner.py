@@ -5,7 +5,8 @@ Costs: one more pass over memory per recomputed pointwise or row-wise operator. 
     products, convolutions, attention and reductions are not run again, unless the model asks for it
     with `torch.utils.checkpoint`; under a budget, whatever is cheapest by the roofline of the
     target.
-Contract: exact, bit for bit (the same kernels run on the same values).
+Contract: exact, bit for bit (the same kernels run on the same values); under a budget, up to the
+    order of sums over rows, where regions are taken by rows (`gtrans.plan.streamed`).
 Needs: nothing. Random draws, mutations and collectives are never run again.
 Source: project selection by minimum cut, `gtrans.plan.cut`.
 """
@@ -107,6 +108,9 @@ class Plan(Pass[JointGraph]):
             f"x{fitted.slowdown:.2f} on {device.name}",
             f"saved for backward: {human(before)} -> {human(saved_bytes(graph, graph.cut))}",
         ]
+        if fitted.regions:
+            stats.notes.append(f"{fitted.regions} wide regions are computed a few rows at a time")
+            stats.contract = Exact(bitwise=False)  # sums over rows are taken chunk by chunk
 
     @staticmethod
     def under_budget(pipeline: tuple[Pass[Any], ...], budget: Budget) -> tuple[Pass[Any], ...]:
