@@ -29,12 +29,13 @@ from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gtrans import __version__
+from gtrans.backends.frugal_fusion import FrugalFusion
 from gtrans.errors import OptionError, did_you_mean
 from gtrans.ir.half import Half, Runnable
 
 # Under a memory budget. Inductor keeps the memory of a dead value for a later one of its size, past
 # its own estimate of the peak if need be, which knows one half only; and its estimate is also what
-# it reorders by, away from the order of the plan.
+# it reorders by, away from the order of the plan. See also `gtrans.backends.frugal_fusion`.
 _FRUGAL = {"allow_buffer_reuse": False, "reorder_for_peak_memory": False}
 
 
@@ -106,7 +107,8 @@ class Inductor:
         tag = f"{compiler_config.cache_key_tag} {cache_tag(half)}".strip()
         tagged = compiler_config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]  # made by torch
         settings = {**(_FRUGAL if half.frugal else {}), **self.settings}
-        with inductor_config.patch(settings), tagged:
+        fusion = V.set_choices_handler(FrugalFusion()) if half.frugal else nullcontext()
+        with inductor_config.patch(settings), tagged, fusion:
             yield
 
 

@@ -4,7 +4,7 @@ A Llama-like model takes 4096 tokens a step. Its plain step holds logits of [409
 do against that today is timed beside it, on the same backend:
 
     checkpoint     torch.utils.checkpoint around head and loss: the logits are computed again
-    by hand        a loop over eight chunks of tokens, each checkpointed
+    by hand        a loop over four chunks of tokens, each checkpointed
     chunked-loss   gtrans' pass, on the model as it is
 
 Peaks are those of the step, above parameters and inputs. Targets, per vocabulary and backend: no
@@ -29,7 +29,7 @@ from gtrans.ir.sizes import numel
 
 _LOWER, _LONGER = 2.5, 1.15
 _TOKENS = 4096
-_CHUNKS = 8
+_CHUNKS = 4
 _MIB = 2**20
 
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]

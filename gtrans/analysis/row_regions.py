@@ -32,7 +32,7 @@ PRODUCTS = (aten.mm.default, aten.addmm.default)
 TURNS = (aten.t.default, aten.transpose.int, aten.permute.default)
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 # Operators along the last dimension, with the position of the argument that says so.
-ALONG = {
+ALONG: dict[Any, int] = {
     aten.cat.default: 1,
     aten.slice.Tensor: 1,
     aten.split.Tensor: 2,
@@ -43,6 +43,10 @@ ALONG = {
     aten._log_softmax_backward_data.default: 2,
 }
 SUMS = (aten.sum.dim_IntList,)
+# Of class numbers, one for each row, with the position of the argument that holds them. The first
+# one, a sum or mean, has two results: the loss, and what a mean divides it by.
+LOSS, LOSS_BACKWARD = aten.nll_loss_forward.default, aten.nll_loss_backward.default
+LABELS: dict[Any, int] = {LOSS: 1, LOSS_BACKWARD: 2}
 
 # A value is wide if it has at least this share of the seed's bytes.
 _WIDE = 1 / 2
@@ -127,6 +131,9 @@ class _Growth:
                     pending.append(source)
             if self._sums(node):
                 region.added.add(node)
+            elif node.target is LOSS:
+                region.nodes |= set(node.users)
+                region.added |= set(node.users)
             elif self.is_inner(node) or node in region.turned or _is_tuple(node):
                 pending += node.users
             else:
@@ -138,11 +145,15 @@ class _Growth:
         region = self.region
         if not region.results or len(region.nodes) < 2:
             return False
+        if not all(self._still_runs_by_rows(n) for n in region.nodes):
+            return False
         inner = region.nodes - region.results
         if any(u not in region.nodes for n in inner for u in n.users):
             return False
         if any(n in self.cut or n in self.outputs for n in inner):
             return False
+        if any(u in region.nodes for n in region.added for u in n.users):
+            return False  # a sum is known only after the last chunk
         for node in region.nodes:
             for source in self._row_operands(node):
                 if source not in region.nodes:
@@ -155,18 +166,29 @@ class _Growth:
 
     # ------------------------------------------------------------------ rules
 
+    def _still_runs_by_rows(self, node: fx.Node) -> bool:
+        """Whether what held when a node was added holds with all of the region known."""
+        if ops.is_getitem(node):
+            return True
+        return self._may_run_by_rows(node) and self._sums(node) is (node in self.region.added)
+
     def _may_run_by_rows(self, node: fx.Node) -> bool:
         if node.op != "call_function" or runs_in(node) is not self.side:
             return False
         if ops.is_random(node) or ops.is_effect(node):
             return False
         if ops.is_getitem(node):
-            return node.all_input_nodes[0].target in ALONG
+            return node.all_input_nodes[0].target in (*ALONG, LOSS)
         if node.target in PRODUCTS:
             return self._is_product_of_rows(node)
         val = node.meta.get("val")
         if self._sums(node):
             return self._is_rows(node.all_input_nodes[0])
+        if node.target in LABELS:
+            logp, labels = _with_labels(node)
+            parts = ops.parts(node) if node.target is LOSS else {0: node, 1: node}
+            summed = ops.argument(node, "reduction") != 0 and (1 in parts or 0 not in parts)
+            return summed and self._is_rows(logp) and labels.meta["val"].dim() == 1
         if node.target in ALONG:
             rank = node.all_input_nodes[0].meta["val"].dim()
             position = ALONG[node.target]
@@ -221,6 +243,9 @@ class _Growth:
             if self._contracts(node):
                 yield b
             return
+        if node.target in LABELS:
+            yield from _with_labels(node)
+            return
         for source in ops.tensor_inputs(node):
             if not _is_same_for_all_rows(source) or source in self.region.nodes:
                 yield source
@@ -262,6 +287,13 @@ def _is_tuple(node: fx.Node) -> bool:
 def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     arguments: Any = node.args[1:] if node.target is aten.addmm.default else node.args
     return arguments[0], arguments[1]
+
+
+def _with_labels(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Log-probabilities and class numbers of a loss."""
+    arguments: Any = node.args
+    position = LABELS[node.target]
+    return arguments[position - 1], arguments[position]
 
 
 def _width(node: fx.Node) -> int:

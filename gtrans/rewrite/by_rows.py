@@ -8,17 +8,21 @@ Costs: no floating-point operation more; a copy of the rows that are joined, and
 Contract: exact up to the order of sums over rows.
 """
 
+import operator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from gtrans.analysis.row_regions import ALONG, RESHAPES, SUMS, RowRegion, place_of
+from gtrans.analysis.row_regions import ALONG, LOSS, RESHAPES, SUMS, RowRegion, place_of
 from gtrans.ir import ops
 from gtrans.ir.joint import TAG, JointGraph, Placement, Side, runs_in, tag
 
 aten = torch.ops.aten
+
+# Torch's numbers for the reductions of a loss.
+_MEAN, _SUM = 1, 2
 
 
 def compute_by_rows(graph: JointGraph, region: RowRegion, chunks: int) -> None:
@@ -74,7 +78,16 @@ class _Writer:
             found[node] = self._shaped(self._call(aten.cat.default, parts, 0), node)
         for node, total in self.sums.items():
             found[node] = self._shaped(total, node)
+        for loss in [n for n in self.nodes if n.target is LOSS]:
+            self._take_mean(loss, found)
         return found
+
+    def _take_mean(self, loss: fx.Node, found: dict[fx.Node, fx.Node]) -> None:
+        """Chunks of a mean were added up; it is their sum divided by the sum of what counts."""
+        parts = ops.parts(loss)
+        if ops.argument(loss, "reduction") == _MEAN and 0 in parts:
+            args = found[parts[0]], found[parts[1]]
+            found[parts[0]] = self._call(aten.div.Tensor, *args)
 
     def _copy(self, node: fx.Node, made: dict[fx.Node, fx.Node]) -> fx.Node:
         if node.target in RESHAPES:
@@ -82,13 +95,17 @@ class _Writer:
         args: list[Any] = list(self._mapped(node.args, made))
         if node.target in ALONG:
             args[ALONG[node.target]] = -1
+        if node.target is LOSS:
+            args[3] = _SUM
         kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
         return self._call(node.target, *args, **self._mapped(kwargs, made))
 
     def _add(self, node: fx.Node, made: dict[fx.Node, fx.Node]) -> None:
         """Adds a chunk's part of a sum over rows; sums of halves are taken in float32."""
         half = node.meta["val"].dtype in (torch.float16, torch.bfloat16)
-        if node.target in SUMS:
+        if ops.is_getitem(node):
+            part = self._call(operator.getitem, made[node.all_input_nodes[0]], node.args[1])
+        elif node.target in SUMS:
             part = self._call(aten.sum.dim_IntList, made[node.all_input_nodes[0]], [0])
         elif node in self.sums and not half:
             self.sums[node] = self._call(
@@ -104,6 +121,8 @@ class _Writer:
         self.sums[node] = part
 
     def _rows_of(self, source: fx.Node, start: int, end: int) -> fx.Node:
+        if source.meta["val"].dim() == 1:
+            return self._call(aten.slice.Tensor, source, 0, start, end)
         if source in self.region.turned:
             return self._call(aten.slice.Tensor, source, 1, start, end)
         return self._call(aten.slice.Tensor, self._flat(source), 0, start, end)

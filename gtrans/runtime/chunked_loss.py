@@ -26,6 +26,7 @@ import torch.nn.functional as F
 Reduction = Literal["mean", "sum", "none"]
 
 _HALF = (torch.float16, torch.bfloat16)
+_ROW_BLOCKS = 8
 
 
 def chunked_cross_entropy(
@@ -156,7 +157,7 @@ def linear_cross_entropy(
         h, y = rows[part], target[part]
         counts = (y != ignore_index).to(losses.dtype)
         y = y.where(counts > 0, 0)
-        logp = _wide(F.linear(h, weight, bias)).log_softmax(-1)
+        logp = _log_softmax_in_place(_wide(F.linear(h, weight, bias)))
         losses[part] = _losses(logp, y, class_weight, smoothing) * counts
         if any(wanted):
             scale = counts if cotangent is None else counts * cotangent[part].to(counts.dtype)
@@ -218,6 +219,13 @@ def _empty(
         )
     ]
     return rows.new_empty(rows.shape[:1], dtype=total), (found[0], found[1], found[2])
+
+
+def _log_softmax_in_place(logits: torch.Tensor) -> torch.Tensor:
+    """A few rows after another, so that a chunk of logits is in memory once."""
+    for rows in logits.chunk(_ROW_BLOCKS):
+        rows.copy_(rows.log_softmax(-1))
+    return logits
 
 
 def _losses(

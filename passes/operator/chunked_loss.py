@@ -6,8 +6,8 @@
 
 Shapes: h: [*s, D]; W: [V, D]; b: [V]; z: [*s, V]; y: [n], n the product of s.
 Saves: logits and their log-softmax, about 2 n V elements; keeps dh and dW, n D + V D, instead.
-Costs: nothing in training: the three products are those of the backward, done earlier. Without a
-    reduction nothing but h is kept, and the first product is done again.
+Costs: no product more: the three are those of the backward, done earlier, each reading W once per
+    chunk. Without a reduction nothing but h is kept, and the first product is done again.
 Contract: exact up to the order of sums (dW is summed chunk by chunk).
 Needs: nothing else reads the logits; class numbers as targets.
 Source: the loss of Liger Kernel (arXiv:2410.10989, section 3.2), in plain torch; not its kernels.
@@ -37,7 +37,7 @@ class ChunkedLoss(SitePass[ForwardGraph]):
     works_on: ClassVar[GraphKind] = ForwardGraph
     contract: ClassVar[Contract] = Exact(bitwise=False)
 
-    chunks: int = 8
+    chunks: int = 4
     min_numel: int = 1 << 20
 
     def __post_init__(self) -> None:
