@@ -15,6 +15,7 @@ class Eager:
 
     name = "eager"
     overwrites_saved = False
+    slack = 0.0
 
     def unavailable(self) -> str | None:
         """Always available."""

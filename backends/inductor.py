@@ -48,6 +48,8 @@ class Inductor:
 
     name = "inductor"
     overwrites_saved = True
+    # A kernel made of several operators holds the results of all of them at once: seen up to 5 %.
+    slack = 0.08
 
     def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
         self.settings = dict(settings or {})

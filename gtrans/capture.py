@@ -179,7 +179,8 @@ class Compiler:
         if not self.has_budget:
             return Surroundings(held)
         plain = plain_liveness(record.original).peak
-        return Surroundings(held, plain + beside + sum(c.saved_bytes_before for c in earlier))
+        plain += beside + sum(c.saved_bytes_before for c in earlier)
+        return Surroundings(held, plain, self._lowering.slack)
 
     @property
     def has_budget(self) -> bool:

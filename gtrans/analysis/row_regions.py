@@ -124,7 +124,7 @@ class _Growth:
             if not self._may_run_by_rows(node):
                 return False
             region.nodes.add(node)
-            if node.target in TURNS and self._is_rows(node.all_input_nodes[0]):
+            if node.target in TURNS:
                 region.turned.add(node)
             for source in self._row_operands(node):
                 if source not in region.nodes and self.is_inner(source):
@@ -154,14 +154,17 @@ class _Growth:
             return False
         if any(u in region.nodes for n in region.added for u in n.users):
             return False  # a sum is known only after the last chunk
+        turned: set[fx.Node | None] = {self._turned_operand(n) for n in region.nodes}
         for node in region.nodes:
             for source in self._row_operands(node):
-                if source not in region.nodes:
-                    if not isinstance(source.meta.get("val"), torch.Tensor):
-                        return False
-                    region.sliced.add(source)
-                    if self._turned_operand(node) is source:
-                        region.turned.add(source)
+                if source in region.nodes:
+                    continue
+                if not isinstance(source.meta.get("val"), torch.Tensor):
+                    return False
+                if source in turned and self._turned_operand(node) is not source:
+                    return False  # its rows are read along one dimension here, the other there
+                region.sliced.add(source)
+        region.turned |= {s for s in turned if s is not None}
         return place_of(self.graph, region) is not None
 
     # ------------------------------------------------------------------ rules
@@ -181,7 +184,6 @@ class _Growth:
             return node.all_input_nodes[0].target in (*ALONG, LOSS)
         if node.target in PRODUCTS:
             return self._is_product_of_rows(node)
-        val = node.meta.get("val")
         if self._sums(node):
             return self._is_rows(node.all_input_nodes[0])
         if node.target in LABELS:
@@ -195,7 +197,7 @@ class _Growth:
             dim = node.args[position] if position < len(node.args) else 0
             return dim in (-1, rank - 1) and all(map(self._is_rows, node.all_input_nodes))
         if node.target in TURNS:
-            return isinstance(val, torch.Tensor) and val.dim() == 2
+            return self._is_rows(node.all_input_nodes[0]) and _swaps(node)
         if node.target in RESHAPES:
             source = node.all_input_nodes[0]
             return self._is_rows(node) and self._is_rows(source) and _width(source) == _width(node)
@@ -287,6 +289,16 @@ def _is_tuple(node: fx.Node) -> bool:
 def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     arguments: Any = node.args[1:] if node.target is aten.addmm.default else node.args
     return arguments[0], arguments[1]
+
+
+def _swaps(node: fx.Node) -> bool:
+    """Whether a transposition swaps the dimensions of a matrix."""
+    val, dims = node.meta.get("val"), [1, 0]
+    if node.target is not aten.t.default:
+        given: Any = node.args[1:] if node.target is aten.transpose.int else node.args[1]
+        dims = [d % 2 for d in given]
+    swapped = dims == [1, 0] or (node.target is aten.transpose.int and dims == [0, 1])
+    return isinstance(val, torch.Tensor) and val.dim() == 2 and swapped
 
 
 def _with_labels(node: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -393,12 +393,14 @@ class Partly:
         halves: number of the graph and role of each.
         name: of the lowering.
         overwrites_saved: whether halves may overwrite saved values; so they may if one does.
+        slack: share of a memory budget to leave free.
     """
 
     backend: Backend
     halves: frozenset[tuple[int, Role]]
     name: str = "partly"
     overwrites_saved: bool = True
+    slack: float = 0.0
 
     def unavailable(self) -> str | None:
         """As the backend."""

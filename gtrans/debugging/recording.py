@@ -36,6 +36,7 @@ class _Recorder:
 
     name: str = "recorder"
     overwrites_saved: bool = False
+    slack: float = 0.0
     seen: dict[tuple[Role, int], dict[str, Any]] = field(default_factory=dict)
 
     def unavailable(self) -> str | None:

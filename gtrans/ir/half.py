@@ -63,10 +63,13 @@ class Backend(Protocol):
         name: as given to `optimize`.
         overwrites_saved: whether its backward reuses the memory of saved values, as long as it runs
             once: `backward(retain_graph=True)` is then refused by torch.
+        slack: share of a memory budget that plans leave free for it, because its kernels hold a
+            little more than the operators they are made of.
     """
 
     name: str
     overwrites_saved: bool
+    slack: float
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine; None if it can."""

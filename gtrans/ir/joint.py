@@ -141,10 +141,12 @@ class Surroundings:
             are ready, parameters that this graph does not have.
         plain_peak: what the whole step would peak at without any pass, held bytes included; None
             if nobody asked.
+        slack: share of a memory budget to leave free for the backend.
     """
 
     held_bytes: int = 0
     plain_peak: int | None = None
+    slack: float = 0.0
 
 
 class JointGraph:

@@ -75,7 +75,7 @@ def fit(joint: JointGraph, budget: Budget, device: Device) -> Fit:
     limit = budget.in_bytes(plain)
     front = Front(joint, device, stored=True)
     best = front.best()
-    room = limit - around.held_bytes
+    room = int(limit * (1 - around.slack)) - around.held_bytes
     peaks = {id(c): c.peak for c in best}
     fitting: Candidate | None = None
     for candidate in best:
@@ -124,7 +124,7 @@ def _infeasible(
             peak = streamed.peak
             liveness = simulate(schedule_of(streamed.written_copy(front.joint)))
     held = front.joint.surroundings.held_bytes
-    reached = peak + held
+    reached = int((peak + held) / (1 - front.joint.surroundings.slack))
     node = liveness.peak_node
     share = f" ({budget} of the plain peak)" if budget.fraction is not None else ""
     lines = [

@@ -160,6 +160,7 @@ class _Meter:
 
     name = "metered eager"
     overwrites_saved = False
+    slack = 0.0
 
     def __init__(self, model: nn.Module) -> None:
         self.inner: Backend = load_backend("eager")

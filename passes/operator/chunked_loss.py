@@ -37,7 +37,7 @@ class ChunkedLoss(SitePass[ForwardGraph]):
     works_on: ClassVar[GraphKind] = ForwardGraph
     contract: ClassVar[Contract] = Exact(bitwise=False)
 
-    chunks: int = 4
+    chunks: int = 6
     min_numel: int = 1 << 20
 
     def __post_init__(self) -> None:
