@@ -42,6 +42,7 @@ class Streams:
 
     name = "streams"
     overwrites_saved = False
+    slack = 0.0
 
     def __init__(self, pieces: str = "eager", lanes: str = "auto") -> None:
         self.inner: Backend = Inductor() if pieces == "inductor" else Eager()

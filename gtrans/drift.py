@@ -98,6 +98,7 @@ class _Meter:
 
     name: str = "drift"
     overwrites_saved: bool = False
+    slack: float = 0.0
     kept: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     rebuilt: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     sites: dict[tuple[int, int], str] = field(default_factory=dict)

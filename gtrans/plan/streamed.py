@@ -19,9 +19,9 @@ from gtrans.analysis.liveness import simulate
 from gtrans.analysis.row_regions import region_around
 from gtrans.analysis.schedule import schedule_of
 from gtrans.ir.joint import JointGraph, Side, runs_in
-from gtrans.plan.front import Candidate, Front
+from gtrans.plan.front import Front
 from gtrans.plan.realise import write
-from gtrans.plan.rebuild import Choice, Rebuilder
+from gtrans.plan.rebuild import Candidate, Choice, Rebuilder
 from gtrans.rewrite.by_rows import compute_by_rows
 
 # Each time a region is taken by rows, its rows are divided by this number.
