@@ -142,7 +142,8 @@ def _spread(front: Front) -> list[Candidate]:
     best = front.best()
     nodes = max(1, len(front.joint.graph.nodes))
     count = min(len(best), max(_FEWEST, min(_MOST, _NODES // nodes)))
-    return [best[i * len(best) // count] for i in range(count)]
+    # The last one has the lowest peak, which is what a refusal tells.
+    return [*(best[i * len(best) // count] for i in range(count - 1)), best[-1]]
 
 
 def _floor(front: Front, candidate: Candidate) -> int:
