@@ -4,7 +4,11 @@ Targets: passes, planning, splitting and tracing again for Inductor take at most
 call of a 12-layer GPT-2; from 12 to 96 layers the graph work grows by at most 10x for 8x.
 """
 
+import os
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +25,8 @@ def main(quick: bool, device: str) -> int:
     table = Table(["measurement", "layers", "own s", "whole s", "share"], [24, 8, 10, 10, 9])
     ok, figures = True, []
     if not quick:
-        own, whole = _first_call(12, device, "inductor")
+        with _no_compiled_code():
+            own, whole = _first_call(12, device, "inductor")
         table.row("first call, inductor", 12, f"{own:.2f}", f"{whole:.1f}", f"{own / whole:.1%}")
         ok &= own <= _SHARE * whole
         figures.append(f"own share of the first call {own / whole:.1%} (target 15 %)")
@@ -37,6 +42,20 @@ def main(quick: bool, device: str) -> int:
     ok &= growth <= _GROWTH
     figures.append(f"graph work grows {growth:.1f}x for 8x layers (target 10x)")
     return verdict(ok, "; ".join(figures))
+
+
+@contextmanager
+def _no_compiled_code() -> Iterator[None]:
+    """Lets Inductor start without what earlier runs left on disk: a first call is a cold one."""
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+            if before is not None:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
 
 
 def _first_call(layers: int, device: str, backend: str) -> tuple[float, float]:
