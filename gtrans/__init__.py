@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from gtrans.core import Knob, Pass, SitePass, Stats
     from gtrans.drift import measured_drift
     from gtrans.ir import ForwardGraph, JointGraph
-    from gtrans.passes.structure.prune import PrunePlan, prune
     from gtrans.pipeline import Pipeline
+    from gtrans.pruning import PrunePlan, prune
     from gtrans.verification import verify
 
 __version__ = "0.1.0"
@@ -57,7 +57,7 @@ _HOMES = {
     "gtrans.core": ("Knob", "Pass", "SitePass", "Stats"),
     "gtrans.drift": ("measured_drift",),
     "gtrans.ir": ("ForwardGraph", "JointGraph"),
-    "gtrans.passes.structure.prune": ("PrunePlan", "prune"),
+    "gtrans.pruning": ("PrunePlan", "prune"),
     "gtrans.pipeline": ("Pipeline",),
     "gtrans.verification": ("verify",),
 }

@@ -52,7 +52,7 @@ def prune(
     with reporting(as_json):
         from gtrans.cli.models import load, session
         from gtrans.errors import PlanError
-        from gtrans.passes.structure.prune import prune as make_plan
+        from gtrans.pruning import prune as make_plan
 
         start = time.perf_counter()
         with session():
@@ -73,7 +73,7 @@ def prune(
                 nothing = str(error).splitlines()[0].rstrip(":")
             seconds = time.perf_counter() - start
             if svg is not None:
-                from gtrans.cli.draw_classes import picture
+                from gtrans.seeing.draw_classes import picture
 
                 svg.write_text(picture(plan.structure, model), encoding="utf-8")
             if as_json:

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from gtrans.errors import CaptureError, GraphError, ModelError
 from gtrans.ir import ops
+from gtrans.ir.calling import captured_call
 from gtrans.ir.regions import inline_regions, under_autocast
 from gtrans.ir.source import location
 
@@ -52,6 +53,7 @@ class Program:
         out_spec: how the output is put together from the graph's flat outputs.
         training: the mode the model was in.
         saved: the keys of the model's state_dict; other buffers are not persistent.
+        left_out: results of the model that are no tensors, such as caches; None in their place.
         author: the pass at work on it.
     """
 
@@ -62,6 +64,7 @@ class Program:
     out_spec: Any
     training: bool
     saved: frozenset[str] = frozenset()
+    left_out: tuple[str, ...] = ()
     author: str = ""
 
     @property
@@ -143,9 +146,11 @@ def export_program(model: nn.Module, inputs: Sequence[Any], keywords: dict[str, 
     errors: list[Exception] = []
     for strict in (False, True):
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), captured_call(model, inputs, keywords) as left_out:
                 exported = torch.export.export(model, tuple(inputs), keywords, strict=strict)
             break
+        except CaptureError:
+            raise
         except Exception as error:
             errors.append(error)
     else:
@@ -176,8 +181,16 @@ def export_program(model: nn.Module, inputs: Sequence[Any], keywords: dict[str, 
     _without_identities(module.graph)
     _without_writes(module.graph, leaves)
     spec = exported.call_spec
-    saved = frozenset(model.state_dict())
-    return Program(module, leaves, tensors, spec.in_spec, spec.out_spec, model.training, saved)
+    return Program(
+        module,
+        leaves,
+        tensors,
+        spec.in_spec,
+        spec.out_spec,
+        model.training,
+        saved=frozenset(model.state_dict()),
+        left_out=tuple(left_out),
+    )
 
 
 def _fake_mode(graph: fx.Graph) -> Any:

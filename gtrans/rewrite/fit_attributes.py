@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from gtrans.ir.calling import captured_call
 from gtrans.rewrite.erase_graph import GraphErasure, paths_of
 from gtrans.rewrite.size_attributes import Attribute, Evidence
 
@@ -155,7 +156,7 @@ class Fit:
             handles.append(module.register_forward_pre_hook(enter(path)))
             handles.append(module.register_forward_hook(leave(path)))
         try:
-            with same_state(self.model):
+            with same_state(self.model), captured_call(self.model, self.args, self.kwargs):
                 output = self.model(*self.args, **self.kwargs)
         except Exception as error:  # user code with a wrong size may raise anything
             path = entered[-1] if entered else ""

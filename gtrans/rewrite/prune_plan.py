@@ -358,6 +358,7 @@ class PrunePlan:
                 *rows,
                 *(["frozen"] if self.frozen else []),
                 *(_frozen_row(f) for f in self.frozen),
+                *(f"not a tensor, not captured: {r}" for r in self.structure.program.left_out),
             ]
         )
 

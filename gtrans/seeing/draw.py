@@ -7,7 +7,7 @@ No GraphViz is needed, so a picture looks the same on every machine.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from html import escape
 
@@ -18,6 +18,7 @@ from gtrans.ir.joint import JointGraph, Side, runs_in, tag
 from gtrans.ir.printer import short_operator, target_name
 from gtrans.ir.sizes import human, shape_text, tensor_bytes
 from gtrans.ir.source import location
+from gtrans.seeing.folding import fold
 
 MOST_ROWS = 48
 
@@ -140,14 +141,10 @@ def _boxes(joint: JointGraph, most_rows: int) -> tuple[list[_Box], str]:
     """Folds until the forward side fits; also says how."""
     nodes = [n for n in joint.nodes if _visible(joint, n)]
     deepest = max((location(n).module.count(".") + 1 for n in nodes), default=0)
-    boxes = _grouped(nodes, lambda n: n)
-    folded = ""
-    for depth in range(deepest, 0, -1):
-        if _rows(boxes) <= most_rows:
-            break
-        boxes = _grouped(nodes, lambda n, d=depth: _module(n, d))  # type: ignore[misc]
-        folded = f", folded to modules of depth {depth}"
-    return boxes, folded
+    boxes, depth = fold(
+        lambda depth: _grouped(nodes, depth), deepest, lambda boxes: _rows(boxes) <= most_rows
+    )
+    return boxes, "" if depth is None else f", folded to modules of depth {depth}"
 
 
 def _rows(boxes: list[_Box]) -> int:
@@ -170,11 +167,12 @@ def _module(node: fx.Node, depth: int) -> str:
     return ".".join(path.split(".")[:depth]) or "the model itself"
 
 
-def _grouped(nodes: list[fx.Node], key: Callable[[fx.Node], Hashable]) -> list[_Box]:
+def _grouped(nodes: list[fx.Node], depth: int | None) -> list[_Box]:
+    """One box a node, or one a module of a depth on either side."""
     boxes: dict[tuple[Hashable, Side], _Box] = {}
     for node in nodes:
         side = runs_in(node)
-        name = key(node)
+        name = node if depth is None else _module(node, depth)
         title = name if isinstance(name, str) else _title(node)
         boxes.setdefault((name, side), _Box(side, title)).nodes.append(node)
     return list(boxes.values())

@@ -12,7 +12,7 @@ Saves: parameters, their gradients and optimizer state, and the operations on th
 Contract: classes marked exact, once zero, can go with outputs and kept gradients equal up to
     rounding; the proof is the zero analysis of `gtrans.analysis.zeros`. The others only run.
 Source: arXiv:2312.09411 (zero-invariant groups, erasure), arXiv:2301.12900 (dependency groups);
-    the axis analysis and the proof are gtrans'. Operator erasure of the former is not done.
+    the axis analysis and the proof are gtrans'.
 """
 
 from collections.abc import Sequence

@@ -16,6 +16,7 @@ from gtrans.analysis.axes import Axis, atoms
 from gtrans.analysis.erasable import ErasableClass, Structure
 from gtrans.ir import ops
 from gtrans.ir.printer import target_name
+from gtrans.seeing.folding import fold
 
 MOST_ROWS = 64
 
@@ -75,21 +76,16 @@ def _rows(structure: Structure) -> tuple[list[_Row], str]:
     """Rows of layers, or of modules nearer to the root where that is too many."""
     names = [leaf.name.rpartition(".")[0] for leaf in structure.program.leaves.values()]
     deepest = max((n.count(".") + 1 for n in names), default=1)
-    rows = _collected(structure, lambda path: path)
-    folded = ""
-    for depth in range(deepest, 0, -1):
-        if len(rows) <= MOST_ROWS:
-            break
-        rows = _collected(structure, lambda path, d=depth: _first(path, d))  # type: ignore[misc]
-        folded = f"; folded to modules of depth {depth}"
-    return rows, folded
+    rows, depth = fold(
+        lambda depth: _collected(structure, depth), deepest, lambda rows: len(rows) <= MOST_ROWS
+    )
+    return rows, "" if depth is None else f"; folded to modules of depth {depth}"
 
 
-def _first(path: str, depth: int) -> str:
-    return ".".join(path.split(".")[:depth])
+def _collected(structure: Structure, depth: int | None) -> list[_Row]:
+    def row_of(path: str) -> str:
+        return ".".join(path.split(".")[:depth])
 
-
-def _collected(structure: Structure, row_of: Callable[[str], str]) -> list[_Row]:
     program = structure.program
     erasable = {c.atom for c in structure.classes}
     rows: list[_Row] = []
