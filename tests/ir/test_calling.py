@@ -88,10 +88,14 @@ def test_models_of_transformers_with_their_defaults(kind: str) -> None:
         },
         "t5": {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 24},
     }[kind]
-    config = hf.AutoConfig.for_model(kind, vocab_size=31, bos_token_id=1, eos_token_id=2, **small)
+    config: Any = hf.AutoConfig.for_model(
+        kind, vocab_size=31, bos_token_id=1, eos_token_id=2, **small
+    )
     if kind == "t5":
         model: nn.Module = hf.T5ForConditionalGeneration(config)
-        inputs = {k: torch.randint(31, (2, 5)) for k in ("input_ids", "decoder_input_ids")}
+        inputs: dict[str, Any] = {
+            k: torch.randint(31, (2, 5)) for k in ("input_ids", "decoder_input_ids")
+        }
     else:
         model = hf.AutoModelForCausalLM.from_config(config)
         inputs = {"input_ids": torch.randint(31, (2, 5))}
