@@ -156,8 +156,9 @@ def variants(depth: int, width: int, device: str, peers: list[str]) -> dict[str,
     torch.manual_seed(0)
     model = RevViT(depth, width).to(device)
     made: dict[str, nn.Module] = {"plain": copy.deepcopy(model)}
-    made["checkpoint"] = copy.deepcopy(model)
-    made["checkpoint"].checkpointed = True  # type: ignore[assignment]  # an attribute of RevViT
+    checkpointed = copy.deepcopy(model)
+    checkpointed.checkpointed = True
+    made["checkpoint"] = checkpointed
     made["reversible"] = optimized(copy.deepcopy(model), REVERSIBLE, "eager")
     for library in peers:
         made[library] = ByLibrary(copy.deepcopy(model), library)
@@ -192,14 +193,23 @@ def gradient_error(model: nn.Module) -> float:
     if not step.stats.rewritten:
         return float("inf")
     pairs = [
-        *zip((p.grad for p in reference.parameters()), (p.grad for p in candidate.parameters())),  # noqa: B905
-        *zip(reference.buffers(), candidate.buffers()),  # noqa: B905
+        *zip(
+            (p.grad for p in reference.parameters()),
+            (p.grad for p in candidate.parameters()),
+            strict=True,
+        ),
+        *zip(reference.buffers(), candidate.buffers(), strict=True),
     ]
-    return max(
-        float((b - a).norm() / a.norm().clamp(min=1e-30))
-        for a, b in pairs
-        if a is not None and b is not None and a.is_floating_point()
-    )
+    return max(distance(expected, found) for expected, found in pairs)
+
+
+def distance(expected: torch.Tensor | None, found: torch.Tensor | None) -> float:
+    """Relative distance of two values; infinite if only one of them is there."""
+    if expected is None or found is None:
+        return 0.0 if expected is found else float("inf")
+    if not expected.is_floating_point():  # the number of batches that a batch norm has seen
+        return 0.0 if torch.equal(expected, found) else float("inf")
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def gradient_models(quick: bool) -> Iterator[tuple[str, nn.Module]]:

@@ -95,7 +95,8 @@ def _pull(
         found = torch.autograd.grad(
             [r for r, _ in kept], [*leaves, *weights], [c for _, c in kept], allow_unused=True
         )
-    read = [torch.zeros_like(v) if g is None else g for g, v in zip(found, [*leaves, *weights])]  # noqa: B905
+    pairs = zip(found, [*leaves, *weights], strict=True)
+    read = [torch.zeros_like(v) if g is None else g for g, v in pairs]
     return tuple(read[: len(leaves)]), tuple(read[len(leaves) :])
 
 

@@ -17,12 +17,9 @@ from gtrans.testing import Runner
 from tests.passes.coupled import Attention, Dropped, Perceptron, Streams, step_of
 from tests.passes.test_reversible_links import Stages, Tapped
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 PAREPROP = "reversible,plan,pareprop"
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def planned(model: nn.Module, *inputs: Any, passes: str = PAREPROP) -> tuple[JointGraph, Any]:

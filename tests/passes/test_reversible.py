@@ -25,10 +25,7 @@ from tests.passes.coupled import (
     step_of,
 )
 
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5, 8])

@@ -10,10 +10,7 @@ from gtrans.analysis.couplings import AFFINE
 from gtrans.contract import Close, Exact
 from tests.passes.coupled import Perceptron, Streams, require_same, run, step_of
 
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 FACTORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -18,10 +18,7 @@ from tests.passes.coupled import (
     step_of,
 )
 
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 class Copied(Streams):
@@ -115,11 +112,11 @@ class Stages(nn.Module):
     def __init__(self, depth: int) -> None:
         super().__init__()
         self.first = Streams(4, depth, NormConv, dim=1)
-        self.first.head = nn.Identity()  # type: ignore[assignment]
+        self.first.head = nn.Identity()  # type: ignore[assignment]  # declared as a layer
         self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1)
         self.shortcut = nn.Conv2d(8, 12, 1, stride=2)
         self.second = Streams(6, depth, NormConv, dim=1)
-        self.second.stem = nn.Identity()  # type: ignore[assignment]
+        self.second.stem = nn.Identity()  # type: ignore[assignment]  # declared as a layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(x)

@@ -8,10 +8,7 @@ from torch import nn
 from gtrans.contract import Close, Exact
 from tests.passes.coupled import Perceptron, Streams, require_all_rewritten, require_same, run
 
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 class Rectified(Streams):

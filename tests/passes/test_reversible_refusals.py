@@ -9,10 +9,7 @@ from gtrans.analysis.couplings import ALONE, PLAIN
 from gtrans.passes.residual.reversible import UNPROFITABLE
 from tests.passes.coupled import Perceptron, Streams, require_same, run, skipped, step_of
 
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 class Residual(nn.Module):

@@ -15,10 +15,7 @@ from gtrans.testing import Record, Runner
 from tests.passes.coupled import Attention, Dropped, Perceptron, Streams, step_of
 from tests.passes.test_reversible_links import LINKS, Linked
 
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 class Autocast(nn.Module):
