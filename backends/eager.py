@@ -3,11 +3,9 @@
 Every value is freed right after its last use, so peaks measured here are those of the schedule.
 """
 
-from typing import Any
-
 from torch.fx.graph import CodeGen, _BoxedCodeGen
 
-from gtrans.ir.half import Half, Runnable
+from gtrans.ir.half import Half, Runnable, boxed
 
 
 class Eager:
@@ -31,12 +29,4 @@ class Eager:
         codegen: CodeGen = _BoxedCodeGen()
         module.graph.set_codegen(codegen)
         module.recompile()
-        return _boxed(module.forward)
-
-
-def _boxed(run: Any) -> Runnable:
-    def boxed(arguments: list[Any]) -> Any:
-        return run(arguments)
-
-    boxed._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd reads this mark
-    return boxed
+        return boxed(module.forward)

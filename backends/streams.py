@@ -24,7 +24,7 @@ from gtrans.analysis.lanes import LaneSchedule, lane_schedule
 from gtrans.backends.eager import Eager
 from gtrans.backends.inductor import Inductor
 from gtrans.errors import OptionError, did_you_mean
-from gtrans.ir.half import Backend, Half, Runnable
+from gtrans.ir.half import Backend, Half, Runnable, boxed
 from gtrans.ir.joint import TAG, Unit, tag
 
 log = logging.getLogger("gtrans")
@@ -86,14 +86,14 @@ class Streams:
             return self.inner.compile(self.inner.prepare(half))
         run = _on_streams if on_cuda and parallel else _on_threads if parallel else _in_order
 
-        def boxed(arguments: list[Any]) -> Any:
+        @boxed
+        def run_half(arguments: list[Any]) -> Any:
             with torch.no_grad():
                 values = _Values(program, arguments)
                 run(program, values)
             return values.results()
 
-        boxed._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd reads this mark
-        return boxed
+        return run_half
 
     def _piece(self, half: Half) -> Runnable:
         return self.inner.compile(self.inner.prepare(half))

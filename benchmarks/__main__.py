@@ -8,6 +8,8 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 
+from gtrans.capture import capture_settings
+
 _NOT_BENCHMARKS = {
     "__init__",
     "__main__",
@@ -36,7 +38,8 @@ def main() -> int:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     module = import_module(f"benchmarks.{options.name.replace('-', '_')}")
-    code: int = module.main(options.quick, options.device)
+    with capture_settings():  # for torch.compile, too: what is compared is what is made of a graph
+        code: int = module.main(options.quick, options.device)
     return code
 
 

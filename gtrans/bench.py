@@ -11,7 +11,7 @@ from torch import nn
 
 from gtrans.analysis.measure import interleaved_seconds, measured_peak, paired_ratio
 from gtrans.api import install, require_trainable
-from gtrans.capture import Compiler, Resident, capture_always
+from gtrans.capture import Compiler, Resident, capture_always, capture_settings
 from gtrans.comparison import default_loss
 from gtrans.errors import GTransError, ModelError, OptionError
 from gtrans.ir.sizes import human
@@ -141,7 +141,7 @@ def bench(
     install(twins["gtrans"], compiler)
     steps = {name: _step(twin, arguments) for name, twin in twins.items()}
     first = {}
-    with capture_always():
+    with capture_always(), capture_settings():
         for name, step in steps.items():
             told(f"first call: {name}")
             start = time.perf_counter()

@@ -100,6 +100,7 @@ class Compiler:
         resident: what the model holds in memory, for plans under a budget; if it is not given,
             parameters that a graph does not have count as nothing.
         on_failure: called when a pass fails.
+        first_index: number of the first graph.
     """
 
     pipeline: Pipeline
@@ -112,6 +113,7 @@ class Compiler:
     captured: list[Captured] = field(default_factory=list)
     resident: "Resident | None" = None
     on_failure: OnFailure | None = None
+    first_index: int = 0
 
     def __post_init__(self) -> None:
         require_supported_torch()
@@ -127,7 +129,7 @@ class Compiler:
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         """Called by Dynamo with one captured forward graph and its inputs."""
-        record = Captured(len(self.captured), _frame())
+        record = Captured(self.first_index + len(self.captured), _frame())
         self.captured.append(record)
         start = time.perf_counter()
         forward, record.forward_steps = self.pipeline.on(ForwardGraph).run(
@@ -436,32 +438,8 @@ def capture_always() -> Iterator[None]:
         yield
 
 
-def dynamo_backend(
-    module: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    mode: str | None = None,
-    options: dict[str, Any] | None = None,
-) -> Any:
-    """The backend behind `torch.compile(model, backend="gtrans")`.
-
-    Args:
-        module: what Dynamo captured.
-        example_inputs: its inputs.
-        mode: a mode of the backend that lowers the halves.
-        options: `passes` (pipeline text) and `backend`, as for `gtrans.optimize`; all others are
-            that backend's own.
-
-    Raises:
-        OptionError: a pass, backend, mode or option is unknown.
-    """
-    chosen = dict(options or {})
-    passes, backend = chosen.pop("passes", "default"), chosen.pop("backend", "inductor")
-    compiler = Compiler(Pipeline.parse(passes), backend, mode=mode, options=chosen or None)
-    return compiler(module, example_inputs)
-
-
 _LOSS_BYTES = 16
+_LEVELS = {"debug", "info", "warning", "warn", "error", "exception", "critical", "fatal", "log"}
 
 
 def _frame() -> int:
@@ -546,6 +524,25 @@ def compiled_call(
     )
 
 
+@contextmanager
+def capture_settings() -> Iterator[None]:
+    """Lets Dynamo capture more of a model than it does by default.
+
+    Recurrent layers are captured. Calls of a logger are left out, as `torch.export` leaves them
+    out: Dynamo would end the graph at each, and trace everything before it a second time. Whoever
+    compares gtrans with `torch.compile` lets that run under the same settings.
+    """
+    with dynamo_config.patch(allow_rnn=True, ignore_logger_methods=_log_methods()):
+        yield
+
+
+def _log_methods() -> set[Callable[..., Any]]:
+    """The methods of a logger that write, those that libraries have added (`warning_once`) too."""
+    names = [n for n in vars(logging.Logger) if n.partition("_")[0] in _LEVELS]
+    methods = {getattr(logging.Logger, name) for name in names}
+    return methods | set(dynamo_config.ignore_logger_methods)
+
+
 def _with_own_frame(model: nn.Module) -> Callable[..., Any]:
     self = model  # Dynamo writes this name into paths, and everywhere else a model is `self`
 
@@ -559,13 +556,13 @@ def _with_own_frame(model: nn.Module) -> Callable[..., Any]:
 def as_captured(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a call that `torch.compile` made, for capture as gtrans wants it.
 
-    Recurrent layers are captured (by default Dynamo leaves them out), and an error of gtrans
-    reaches the user as itself (Dynamo wraps what a backend raises in an error of its own).
+    It runs under `capture_settings`, and an error of gtrans reaches the user as itself (Dynamo
+    wraps what a backend raises in an error of its own).
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            with dynamo_config.patch(allow_rnn=True):
+            with capture_settings():
                 return compiled(*args, **kwargs)
         except BackendCompilerFailed as error:
             inner = error.inner_exception

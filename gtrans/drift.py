@@ -12,7 +12,7 @@ from gtrans.api import install, planned, require_captured, require_trainable, un
 from gtrans.capture import Compiler, capture_always
 from gtrans.comparison import default_loss
 from gtrans.errors import ModelError
-from gtrans.ir.half import Half, Runnable
+from gtrans.ir.half import Half, Runnable, boxed
 from gtrans.ir.joint import TAG, tag
 from gtrans.ir.source import location
 from gtrans.pipeline import Pipeline
@@ -113,14 +113,14 @@ class _Meter:
         found = self.rebuilt if half.role == "backward" else self.kept
         run = _Noting(half.with_tolerant_views(), half.graph, found, self.sites)
 
-        def boxed(arguments: list[Any]) -> Any:
+        @boxed
+        def run_half(arguments: list[Any]) -> Any:
             given = list(arguments)
             arguments.clear()
             with torch.no_grad():
                 return run.run(*given)
 
-        boxed._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd reads this mark
-        return boxed
+        return run_half
 
     def compared(self, number: tuple[int, int]) -> Drift:
         """The drift of one stream."""

@@ -5,6 +5,7 @@ import io
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from torch import nn
 import gtrans
 from gtrans.api import _sessions
 from gtrans.errors import CaptureError, ContractError, ModelError, OptionError
+
+log = logging.getLogger("talk")
 
 
 @dataclass
@@ -46,6 +49,14 @@ class Small(nn.Module):
             return {"loss": y.square().mean(), "logits": y}
         if self.answer == "dataclass":
             return Result(y.square().mean(), y)
+        return y
+
+
+class Rectified(Small):
+    """Two layers and a ReLU, whose output nothing else needs."""
+
+    def forward(self, x: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
+        y: torch.Tensor = F.relu(self.last(self.first(x))) * scale
         return y
 
 
@@ -288,6 +299,41 @@ def test_torch_compile_refuses_unknown_options() -> None:
     compiled: Any = torch.compile(Small(), backend="gtrans", options={"backend": "eager", "n": 1})
     with pytest.raises(Exception, match="unknown options"):
         compiled(X)
+
+
+def test_torch_compile_heeds_the_variables_and_counts_over_all_graphs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GTRANS_BISECT_LIMIT", "1")
+    monkeypatch.setenv("GTRANS_DUMP_DIR", str(tmp_path))
+    options: dict[str, Any] = {"passes": "relu-mask{min_numel=1},plan", "backend": "eager"}
+    for _ in range(2):
+        compiled: Any = torch.compile(Rectified(), backend="gtrans", options=options)
+        compiled(X).sum().backward()
+    printed = capsys.readouterr().err.splitlines()
+    relu = [line for line in printed if "relu-mask" in line]
+    assert "graph 0: matched 1, rewrote 1; rewrites #1;" in relu[0]
+    assert "graph 1" in relu[1]
+    assert "held back" in relu[1]  # the limit counts over both graphs
+    assert {f.name.split("_")[1] for f in tmp_path.glob("*.py")} == {"graph0", "graph1"}
+
+
+def test_a_call_of_a_logger_does_not_end_the_graph(caplog: pytest.LogCaptureFixture) -> None:
+    class Talking(Small):
+        def forward(self, x: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
+            y: torch.Tensor = super().forward(x, scale=scale)
+            log.warning("half way")
+            return y * 2
+
+    model, plain = Talking(), Talking()
+    plain.load_state_dict(model.state_dict())
+    gtrans.optimize(model, backend="eager", fullgraph=True)
+    trained(model, lambda m: m(X).square().mean())
+    assert "half way" not in caplog.text  # as the documentation says
+    trained(plain, lambda m: m(X).square().mean())
+    assert "half way" in caplog.text
+    same(plain, model)
+    assert len(gtrans.report(model).training) == 1
 
 
 @pytest.mark.inductor

@@ -74,7 +74,7 @@ def test_wheel_declares_the_command_and_the_backend(wheel: zipfile.ZipFile) -> N
     declared = ConfigParser()
     declared.read_string(wheel.read(name).decode())
     assert declared["console_scripts"]["gtrans"] == "gtrans.cli.main:main"
-    assert declared["torch_dynamo_backends"]["gtrans"] == "gtrans.capture:dynamo_backend"
+    assert declared["torch_dynamo_backends"]["gtrans"] == "gtrans.dynamo:backend"
 
 
 @pytest.mark.parametrize("group", ["console_scripts", "torch_dynamo_backends"])

@@ -23,7 +23,7 @@ from gtrans.debugging.check import contract_of
 from gtrans.debugging.running import Results, StepGraph, compare, run
 from gtrans.errors import CaptureError
 from gtrans.ir.forward import ForwardGraph, value
-from gtrans.ir.half import Half, Role, Runnable
+from gtrans.ir.half import Half, Role, Runnable, boxed
 from gtrans.ir.joint import JointGraph
 from gtrans.pipeline import Gate, Pipeline
 from gtrans.plan.planner import Plan
@@ -52,6 +52,7 @@ class _Recorder:
         run = Eager().compile(half)
         names = [n.name for n in half.module.graph.find_nodes(op="placeholder")]
 
+        @boxed
         def recorded(arguments: list[Any]) -> Sequence[Any]:
             self.seen[half.role, half.graph] = {
                 name: v.detach().clone() if isinstance(v, torch.Tensor) else v
@@ -59,7 +60,6 @@ class _Recorder:
             }
             return run(arguments)
 
-        recorded._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd reads this mark
         return recorded
 
 

@@ -10,8 +10,9 @@ isolating failure-inducing input, 2002). Last, values are replaced by generated 
 mean and deviation, where the failure survives that.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ from gtrans.debugging.values import describe
 from gtrans.errors import GTransError, ModelError
 from gtrans.ir.forward import ForwardGraph, value
 from gtrans.ir.joint import Input, JointGraph, Signature
-from gtrans.pipeline import Gate, Pipeline
+from gtrans.pipeline import Gate, Pipeline, Rewrite
+
+_NEAR = 4  # neighbourhoods of one rewrite that are tried before others are looked at
 
 OnTry = Callable[[int, int, bool], None]
 """Told after every try: its number, how many nodes it kept, and whether it still failed."""
@@ -114,7 +117,7 @@ def reduce(case: Case, on_try: OnTry | None = None) -> Reduction:
     nodes = case.size
     case = replace(case, failure=failure)
     case = search.fewer_passes(case)
-    case = search.fewer_nodes(case, _sites(case))
+    case = search.fewer_nodes(case)
     case = search.generated_values(case)
     return Reduction(case, nodes, search.tries)
 
@@ -151,8 +154,8 @@ class _Search:
             case = self.fails(replace(case, pipeline=rest)) or case
         return case
 
-    def fewer_nodes(self, case: Case, sites: Collection[str]) -> Case:
-        """Leaves out nodes: first all that are far from the sites, then chunk by chunk."""
+    def fewer_nodes(self, case: Case) -> Case:
+        """Leaves out nodes: first all that are far from what fails, then chunk by chunk."""
         values = every_value(case.graph, case.values, case.seed)
         without_numbers = replace(case, allowed=None)
         calls = [n.name for n in case.graph.nodes if n.op.startswith("call")]
@@ -165,7 +168,7 @@ class _Search:
             return self.known[key]
 
         best = case
-        for near in _neighbourhoods(case.graph.graph, sites):
+        for near in _surroundings(case, self.failure):
             if (found := kept(near)) is not None:
                 best, calls = found, [c for c in calls if c in near]
                 break
@@ -205,15 +208,31 @@ class _Search:
         )
 
 
-def _sites(case: Case) -> set[str]:
-    """The names of the nodes that the fewest rewrites that fail are about."""
+def _surroundings(case: Case, failure: Failure) -> Iterator[set[str]]:
+    """Names of nodes that may suffice to fail, smaller sets first.
+
+    A pass that is wrong wherever it rewrites is wrong at its first rewrite, too, and the nodes
+    around that one are tried in no time. Only where they do not fail are the rewrites that it takes
+    searched for on the whole graph.
+    """
     gate = Gate(case.allowed)
     try:
         case.pipeline.on(type(case.graph)).run(case.graph, gate=gate)
     except GTransError:
-        return {gate.seen[-1].site} if gate.seen else set()
+        raising = {gate.seen[-1].site} if gate.seen else set()
+        yield from _neighbourhoods(case.graph.graph, raising)
+        return
+    performed = [r for r in gate.seen if r.performed]
+    blamed = [r for r in performed if r.pass_name in failure.passes]
+    for rewrite in blamed[:1]:
+        yield from islice(_neighbourhoods(case.graph.graph, {rewrite.site}), _NEAR)
+    yield from _neighbourhoods(case.graph.graph, _sites(case, performed))
+
+
+def _sites(case: Case, performed: Sequence[Rewrite]) -> set[str]:
+    """The names of the nodes that the fewest rewrites that fail are about."""
     checker = Checker(case)
-    numbers = [r.number for r in gate.seen if r.performed]
+    numbers = [r.number for r in performed]
 
     def fails(some: Sequence[int]) -> bool:
         return not checker.outcome(case.pipeline, gate=Gate(set(some))).ok
@@ -221,21 +240,19 @@ def _sites(case: Case) -> set[str]:
     if not numbers or not fails(numbers):
         return set()  # a fault of the backend
     blamed = minimal_failing(numbers, fails)
-    return {r.site for r in gate.seen if r.number in blamed}
+    return {r.site for r in performed if r.number in blamed}
 
 
-def _neighbourhoods(graph: fx.Graph, sites: Collection[str]) -> list[set[str]]:
+def _neighbourhoods(graph: fx.Graph, sites: Collection[str]) -> Iterator[set[str]]:
     """The names of the nodes around some nodes, at growing distances."""
     reached = {n for n in graph.nodes if n.name in sites}
-    found: list[set[str]] = []
     while reached:
-        found.append({n.name for n in reached})
+        yield {n.name for n in reached}
         around = {m for n in reached for m in (*n.all_input_nodes, *n.users)} | reached
         around = {n for n in around if n.op != "output"}
         if around == reached:
             break
         reached = around
-    return found
 
 
 def induced(case: Case, values: dict[str, Any], keep: Collection[str]) -> Case | None:

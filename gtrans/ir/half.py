@@ -13,6 +13,20 @@ Runnable = Callable[[list[Any]], Sequence[Any]]
 """Runs a half. Takes its arguments as one list and empties it, so that they can be freed early."""
 
 
+def boxed(run: Callable[[list[Any]], Any]) -> Runnable:
+    """Marks a function as a `Runnable`, so that AOTAutograd hands it its arguments as one list.
+
+    Args:
+        run: it gets a function of its own around it, because not every callable can be marked.
+    """
+
+    def marked(arguments: list[Any]) -> Any:
+        return run(arguments)
+
+    marked._boxed_call = True  # type: ignore[attr-defined]  # the mark that AOTAutograd reads
+    return marked
+
+
 @dataclass(frozen=True)
 class Half:
     """A forward, backward or inference graph with what a lowering needs to know about it.

@@ -51,12 +51,14 @@ class Option:
         needed: largest number of bytes besides constants and what this segment and earlier ones
             keep, per segment.
         seconds: time to compute values of the segment again.
+        crossing: bytes that cross the end of each segment but the last and that it does not save.
     """
 
     choice: Choice
     kept: Numbers
     needed: Numbers
     seconds: Numbers
+    crossing: Numbers
 
 
 class Chain:
@@ -106,7 +108,12 @@ class Chain:
             needed[at] = max(needed[at], held)
             if task.again:
                 again[self.segment(task.node)] += seconds(task)
-        return Option(choice, kept, needed, again)
+        return Option(choice, kept, needed, again, self.crossing_bytes(choice))
+
+    def crossing_bytes(self, choice: Choice) -> Numbers:
+        """`Option.crossing` of a choice."""
+        missing = (nodes - choice.save for nodes in self.crossing)
+        return np.array([sum(tensor_bytes(n.meta["val"]) for n in some) for some in missing], float)
 
     def solve(self, options: Sequence[Option], room: float) -> list[int] | None:
         """The fastest assignment of options to segments.
@@ -166,15 +173,8 @@ class _Program:
         needed = np.array([o.needed for o in options])
         self.most = np.floor((room - needed) / self.unit)  # levels at which an option still fits
         self.seconds = np.array([o.seconds for o in options])
-        self.change = [
-            np.rint(
-                [
-                    sum(tensor_bytes(n.meta["val"]) for n in crossing - o.choice.save) / self.unit
-                    for o in options
-                ]
-            ).astype(int)
-            for crossing in chain.crossing
-        ]
+        crossing = np.array([o.crossing for o in options])
+        self.change = np.rint(crossing / self.unit).astype(int)
 
     def solve(self) -> list[int] | None:
         count = len(self.options)
@@ -183,7 +183,7 @@ class _Program:
         trail: list[tuple[NDArray[np.bool_], NDArray[np.int64]]] = []
         for i in range(self.length):
             if i:
-                moved = np.array([_shift(best[c], self.change[i - 1][c]) for c in range(count)])
+                moved = np.array([_shift(best[c], self.change[c, i - 1]) for c in range(count)])
                 source = moved.argmin(axis=0)
                 elsewhere = moved.min(axis=0)
                 changed = elsewhere < best
@@ -208,7 +208,7 @@ class _Program:
             changed, source = trail[i - 1]
             if changed[option, level]:
                 option = int(source[level])
-                level -= int(self.change[i - 1][option])
+                level -= int(self.change[option, i - 1])
             found.append(option)
         return found[::-1]
 

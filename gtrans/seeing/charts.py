@@ -61,9 +61,16 @@ def spread(parts: "Sequence[Part]", width: float) -> list[tuple[float, float]]:
 # ---------------------------------------------------------------------------- terminal
 
 
+def _columns(parts: "Sequence[Part]", width: int) -> list[tuple[int, int]]:
+    """`spread` over whole columns, at least one for each part: the peak may be in a short one."""
+    spare = max(0, width - len(parts))
+    return [(round(a) + i, round(b) + i + 1) for i, (a, b) in enumerate(spread(parts, spare))]
+
+
 def terminal_chart(timeline: "Timeline", width: int, height: int) -> str:
     """Blocks for the memory with the passes, shade above them for what autograd would hold."""
-    spans = [(round(a), round(b)) for a, b in spread(timeline.parts, width)]
+    spans = _columns(timeline.parts, width)
+    width = spans[-1][1]
     before, after = [], []
     for part, (start, end) in zip(timeline.parts, spans, strict=True):
         before += resampled(part.before, end - start)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from gtrans.capture import Captured, Compiler, compiled_call
 from gtrans.contract import Contract, compose_all
 from gtrans.errors import CaptureError, VerifyError
-from gtrans.ir.half import Backend, Half, Runnable
+from gtrans.ir.half import Backend, Half, Runnable, boxed
 from gtrans.pipeline import Observer, Pipeline
 from gtrans.registry import load_backend
 
@@ -191,12 +191,12 @@ class _Meter:
         first = 0 if joint is None else joint.signature.num_forward_outputs
         graph = len(self.compiler.captured)
 
+        @boxed
         def counted(arguments: list[Any]) -> Sequence[Any]:
             results = run(arguments)
             self._count(graph, results[first:])
             return results
 
-        counted._boxed_call = True  # type: ignore[attr-defined]  # AOTAutograd reads this mark
         return counted
 
     def _count(self, graph: int, values: Sequence[Any]) -> None:

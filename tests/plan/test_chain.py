@@ -78,9 +78,9 @@ def test_no_assignment_is_faster(chain: Chain, data: st.DataObject) -> None:
         return np.array(data.draw(st.lists(of, min_size=4, max_size=4)))
 
     saves: list[frozenset[fx.Node]] = [frozenset(), frozenset().union(*chain.crossing)]
+    choices = [Choice(data.draw(st.sampled_from(saves))) for _ in range(3)]
     options = [
-        Option(Choice(data.draw(st.sampled_from(saves))), row(sizes), row(sizes), row(seconds))
-        for _ in range(3)
+        Option(c, row(sizes), row(sizes), row(seconds), chain.crossing_bytes(c)) for c in choices
     ]
     # What crosses a boundary is kept where the option changes: 4 KiB each, four levels of 1 KiB.
     extra = [
@@ -96,7 +96,9 @@ def test_no_assignment_is_faster(chain: Chain, data: st.DataObject) -> None:
 
 
 def test_no_room_no_plan(chain: Chain) -> None:
-    option = Option(Choice(frozenset()), *(np.ones(4) for _ in range(3)))
+    nothing = Choice(frozenset())
+    ones = np.ones(4)
+    option = Option(nothing, ones, ones, ones, chain.crossing_bytes(nothing))
     assert chain.solve([option], -1.0) is None
     assert chain.solve([option], 2.0) is None
 

@@ -2,6 +2,7 @@
 
 import builtins
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,7 +16,7 @@ from gtrans.errors import ModelError, OptionError
 from gtrans.explanation import Explanation
 from gtrans.pipeline import Pipeline
 from gtrans.seeing.charts import resampled, spread
-from gtrans.seeing.timeline import Timeline, timeline_of
+from gtrans.seeing.timeline import Part, Timeline, timeline_of
 
 Build = Callable[[str], tuple[nn.Module, tuple[Any, ...]]]
 
@@ -166,3 +167,10 @@ def test_parts_are_as_wide_as_their_operators(timeline: Timeline) -> None:
     assert spans[-1][1] == pytest.approx(100.0)
     widths = [b - a for a, b in spans]
     assert widths[0] / widths[1] == pytest.approx(timeline.parts[0].width / timeline.parts[1].width)
+
+
+def test_a_graph_of_few_operators_has_a_column(timeline: Timeline) -> None:
+    long, short = timeline.parts[0], Part("forward", 1, (9,), (timeline.peak_after * 2,))
+    lines = replace(timeline, parts=(long, short, *[long] * 8)).text(width=12).splitlines()
+    assert "█" in lines[0]  # the peak is in the short part
+    assert replace(timeline, parts=(long, short, *[long] * 30)).text(width=12)
