@@ -11,6 +11,7 @@ import sys
 import torch
 import torch._dynamo.config
 import torch._inductor.config
+from torch._dynamo.debug_utils import AccuracyError
 from torch._inductor import lowering
 
 aten = torch.ops.aten
@@ -34,8 +35,8 @@ def main(place: str) -> None:
     try:
         loss = torch.compile(step)(x, w)
         loss.backward()
-    except Exception as error:
-        print(f"noticed: {type(error).__name__}")
+    except AccuracyError as error:
+        print(f"noticed: {str(error).splitlines()[0]}")
         return
     print(f"noticed nothing; the loss is {float(loss):.2f} instead of {float(expected):.2f}")
 

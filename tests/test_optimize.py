@@ -308,6 +308,7 @@ def test_torch_compile_heeds_the_variables_and_counts_over_all_graphs(
     monkeypatch.setenv("GTRANS_DUMP_DIR", str(tmp_path))
     options: dict[str, Any] = {"passes": "relu-mask{min_numel=1},plan", "backend": "eager"}
     for _ in range(2):
+        torch._dynamo.reset()  # or the second model would run what was compiled for the first
         compiled: Any = torch.compile(Rectified(), backend="gtrans", options=options)
         compiled(X).sum().backward()
     printed = capsys.readouterr().err.splitlines()
