@@ -295,10 +295,23 @@ class _Search:
             refusals = [o for o in outcomes if isinstance(o, _Refusal)]
             result.refused[node] = min(refusals, key=lambda r: r.rank).reason
             return
-        # Of two streams the branch is the one with the shorter history.
-        plan = min(plans, key=lambda p: len(p.cone))
+        # Of two streams the branch is the one with the shorter history; but where one is at hand
+        # already and the other goes nowhere else, that other one is a branch whatever its history.
+        plan = min(plans, key=lambda p: (not self._ends_here(p.update), len(p.cone)))
         if self.admit(node):
             self._accept(plan)
+
+    def _ends_here(self, update: _Update) -> bool:
+        """Whether a branch is added to a value that is at hand, and is no stream itself.
+
+        So it is in the first block of a network whose streams start as the same value: the branch
+        is then rebuilt like all others instead of being had for free, with all its inside kept.
+        """
+        branch = update.branch
+        forward = [u for u in branch.users if u in self.in_forward or u.op == "output"]
+        last = origins(branch)[-1]
+        stream = self._is_sum(last) or self._is_product(last) or last.op == "placeholder"
+        return update.stream in self.available and forward == [update.output] and not stream
 
     def _examine(self, update: _Update) -> _Plan | _Refusal:
         x, y, branch = update.stream, update.output, update.branch

@@ -73,7 +73,7 @@ class Liveness:
     schedule: Schedule
     timeline: tuple[int, ...]
     constant_bytes: int
-    _storages: "_Storages"
+    _storages: "Storages"
     _workspaces: Mapping[fx.Node, int]
 
     @cached_property
@@ -154,7 +154,7 @@ def simulate(schedule: Schedule, extra: Mapping[fx.Node, int] | None = None) -> 
         schedule: the order of the step.
         extra: workspace of each node that needs any, from `workspaces`; found if not given.
     """
-    storages = _Storages(schedule)
+    storages = Storages(schedule)
     end = len(schedule.tasks)
     changes = [0] * (end + 2)
     for (owner, size), last in zip(storages.owners, storages.last, strict=True):
@@ -174,15 +174,21 @@ def simulate(schedule: Schedule, extra: Mapping[fx.Node, int] | None = None) -> 
     return Liveness(schedule, timeline, constant, storages, extra)
 
 
-class _Storages:
-    """Which task allocates each storage, its bytes, and the last task that needs it."""
+class Storages:
+    """Which task allocates each storage, its bytes, and the last task that needs it.
+
+    Attributes:
+        owners: number of the task and bytes, per storage.
+        last: number of the last task that needs it; the number of tasks if the step's end does.
+        held: the storages of each task's value.
+    """
 
     def __init__(self, schedule: Schedule) -> None:
         self.owners: list[tuple[int, int]] = []
         self.last: list[int] = []
-        self._held: list[tuple[int, ...]] = []
+        self.held: list[tuple[int, ...]] = []
         self._tasks = schedule.tasks
-        known: _Storages | None = schedule.forward.shared.get(_FACTS)
+        known: Storages | None = schedule.forward.shared.get(_FACTS)
         if known is None:
             self._run(0, schedule.boundary)
             schedule.forward.shared[_FACTS] = self._copied()
@@ -191,17 +197,17 @@ class _Storages:
         self._run(schedule.boundary, len(schedule.tasks))
         end = len(schedule.tasks)
         for number in schedule.kept:
-            for storage in self._held[number]:
+            for storage in self.held[number]:
                 self.last[storage] = end
 
-    def _copied(self, into: "_Storages | None" = None) -> "_Storages":
+    def _copied(self, into: "Storages | None" = None) -> "Storages":
         """Lists of its own for what is known so far."""
         into = copy(self) if into is None else into
-        into.owners, into.last, into._held = list(self.owners), list(self.last), list(self._held)
+        into.owners, into.last, into.held = list(self.owners), list(self.last), list(self.held)
         return into
 
     def _run(self, start: int, end: int) -> None:
-        held, last = self._held, self.last
+        held, last = self.held, self.last
         for number in range(start, end):
             task = self._tasks[number]
             for read in task.reads:
@@ -223,7 +229,7 @@ class _Storages:
         if task.offered:
             sizes = (tensor_bytes(task.node.meta["val"]),)
         elif source is not None:
-            held = self._held[task.reads[source]]
+            held = self.held[task.reads[source]]
             return held if part is None or part >= len(held) else (held[part],)
         made = []
         for size in sizes:

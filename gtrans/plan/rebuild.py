@@ -4,9 +4,10 @@
     backward: dw = mm(dz, y)            -->     backward: y' = gelu(x)      # x is kept, y is not
                                                           dw = mm(dz, y')
 
-Every recomputed value is computed right before its first reader. One that has a second reader much
-later may be computed a second time there instead of waiting in memory: a choice says which values
-wait (`hold`), and how far apart two readers may be for all others (`window`).
+Every recomputed value is computed right before its first reader, or at once where that lets go of
+more (`gtrans.plan.prompt`). One that has a second reader much later may be computed a second time
+there instead of waiting in memory: a choice says which values wait (`hold`), and how far apart two
+readers may be for all others (`window`).
 
     saved values                boundaries of segments        (in memory from the forward)
     held values                 what autograd would save      (in memory while the segment's
@@ -25,6 +26,7 @@ from gtrans.ir.joint import JointGraph, Placement, tag
 from gtrans.ir.ops import storage_of
 from gtrans.ir.sizes import tensor_bytes
 from gtrans.plan.cut import made_of_what_they_rebuild, recipe
+from gtrans.plan.prompt import prompt
 
 # Row statistics and the like: waiting for a later reader costs them nothing worth the work.
 _SMALL = 1 / 256
@@ -100,6 +102,11 @@ class Rebuilder:
     def may_save(self, node: fx.Node) -> bool:
         """Whether no pass has ruled that the value be computed again."""
         return node not in self._rebuilt
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether passes have ruled that some values be computed again."""
+        return bool(self._rebuilt)
 
     def position(self, node: fx.Node) -> int:
         """Where a node stands in the graph."""
@@ -248,4 +255,6 @@ class _Run:
             )
             for node, reads, again in self.tasks
         ]
-        return builder.finish([number(g) for g in gradients])
+        schedule = builder.finish([number(g) for g in gradients])
+        # Only what passes placed in the backward can be wanted later than what it is made of.
+        return prompt(schedule) if owner.rebuilds else schedule

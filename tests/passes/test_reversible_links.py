@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.passes.coupled import (
+    Attention,
+    Branch,
+    Dropped,
     NormConv,
     Perceptron,
     Streams,
@@ -37,6 +40,18 @@ def test_streams_that_start_equal(depth: int) -> None:
     plain, found, captured = run(Copied(4, depth, Perceptron), torch.randn(3, 8))
     require_same(plain, found)
     require_all_rewritten(captured, 2 * depth)
+
+
+@pytest.mark.parametrize(
+    ("branch", "shape"), [(Perceptron, (64, 8)), (Attention, (4, 8, 8)), (Dropped, (64, 8))]
+)
+def test_the_first_branch_of_streams_that_start_equal_is_rebuilt_too(
+    branch: Branch, shape: Sequence[int]
+) -> None:
+    plain, found, captured = run(Copied(4, 2, branch), torch.randn(shape))
+    require_same(plain, found)
+    inside = [s for s in captured.saved if s.location.module.startswith("branches.")]
+    assert all("bernoulli" in s.operator or s.dtype == "bool" for s in inside), inside
 
 
 LINKS: dict[str, Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]] = {
