@@ -12,14 +12,16 @@ memory and time, all variants side by side:
     4 bits           compress{bits=4},default
     2 bits           compress{bits=2},narrow-integers,default
 
-Targets, from the papers: at least 29 % less peak than eager on the ViT with low-rank updates, at
-least 13.8 % on BERT with them, both by few-bit in at most 1.05 of the time of `torch.compile`; at
-least 55 % less kept than eager on the fully trained ViT, by four bits, in at most 1.15 of the time;
-a tenth of eager's activations on the ResNet, by two bits.
+Without low-rank updates `few-bit` has nothing to do, with them 2 bits have little: those rows are
+left out. Targets, from the papers: at least 29 % less peak than eager on the ViT with low-rank
+updates, at least 13.8 % on BERT with them, by few-bit; at least 55 % less kept than eager on the
+fully trained ViT, by four bits; a tenth of eager's activations on the ResNet, by two bits. And of
+the time of `torch.compile` at most 1.05 with few-bit, 1.15 with four and two bits, on every model.
+With `--quick` the model is so small that its time is overhead: that is not judged.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +51,14 @@ PASSES = {
 }
 _TABLE_ERROR = 0.0081
 _MIB = 2**20
+# Shares of eager's memory, and times of a step relative to `torch.compile`.
+_MEMORY = {
+    ("vit lora", "few-bit", "peak"): 0.71,
+    ("bert lora", "few-bit", "peak"): 1 - 0.138,
+    ("vit", "4 bits", "saved"): 0.45,
+    ("resnet", "2 bits", "saved"): 0.1,
+}
+_TIME = {"few-bit": 1.05, "4 bits": 1.15, "2 bits": 1.15}
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,8 @@ def main(quick: bool, device: str) -> int:
         model, batch = build()
         model.to(device)
         batch = {k: v.to(device) for k, v in batch.items()}
-        measured = _measure(model, batch, device, quick)
+        left_out = "2 bits" if "lora" in name else "few-bit"
+        measured = _measure(model, batch, device, quick, [v for v in PASSES if v != left_out])
         base = measured["eager"]
         for variant, f in measured.items():
             figures[name, variant] = f
@@ -101,29 +112,19 @@ def main(quick: bool, device: str) -> int:
 
 def _judge(figures: dict[tuple[str, str], Figure], missed: list[str], quick: bool) -> int:
     said: list[str] = []
-
-    def target(what: str, value: float, bound: float, *, judged: bool = True) -> None:
-        said.append(f"{what} {value:.3f} (<= {bound:g})")
-        if judged and value > bound:
-            missed.append(what)
-
-    def share(model: str, variant: str, kind: str) -> float:
-        base, found = figures[model, "eager"], figures[model, variant]
-        return float(getattr(found, kind) / getattr(base, kind))
-
-    full = not quick  # a small model shows bytes, but its time is overhead
-    if ("vit lora", "few-bit") in figures:
-        target("ViT LoRA peak", share("vit lora", "few-bit", "peak"), 0.71, judged=full)
-        target("its time", figures["vit lora", "few-bit"].time, 1.05, judged=full)
-    if ("bert lora", "few-bit") in figures:
-        target("BERT LoRA peak", share("bert lora", "few-bit", "peak"), 1 - 0.138)
-        target("its time", figures["bert lora", "few-bit"].time, 1.05)
-    if ("vit", "4 bits") in figures:
-        target("ViT kept in 4 bits", share("vit", "4 bits", "saved"), 0.45)
-        target("its time", figures["vit", "4 bits"].time, 1.15, judged=full)
-    if ("resnet", "2 bits") in figures:
-        target("ResNet kept in 2 bits", share("resnet", "2 bits", "saved"), 0.1)
-    text = "of eager's memory, time of torch.compile's: " + ", ".join(said)
+    for (model, variant, kind), bound in _MEMORY.items():
+        if (model, variant) in figures:
+            found, base = figures[model, variant], figures[model, "eager"]
+            share = getattr(found, kind) / getattr(base, kind)
+            what = f"{model} {kind} with {variant}"
+            said.append(f"{what} {share:.3f} of eager's (<= {bound:.3f})")
+            missed += [what] if share > bound else []
+    if not quick:
+        for variant, bound in _TIME.items():
+            times = {m: f.time for (m, v), f in figures.items() if v == variant}
+            said.append(f"time with {variant} up to {max(times.values()):.3f} (<= {bound})")
+            missed += [f"time of {m} with {variant}" for m, t in times.items() if t > bound]
+    text = ", ".join(said) + ("; times not judged at this size" if quick else "")
     return verdict(not missed, text + (f"; missed: {', '.join(missed)}" if missed else ""))
 
 
@@ -142,8 +143,7 @@ def _tables() -> list[str]:
             descents = [_descent(samples, 2**bits, seed) for seed in range(12)]
             as_good = sum(d <= best + 1e-6 for d in descents)
             table.row(name, bits, f"{best:.6f}", f"{min(descents):.6f}", f"{as_good} of 12")
-            # The thresholds of the program lie on a grid of 0.02, those of the descent anywhere.
-            if best > min(descents) * 1.001 + 1e-6:
+            if best > min(descents) + 1e-6:
                 missed.append(f"table of {name} with {bits} bits")
             if name == "gelu" and bits == 2 and best > _TABLE_ERROR:
                 missed.append("error of GELU in two bits")
@@ -184,11 +184,11 @@ def _descent(samples: Samples, count: int, seed: int) -> float:
 
 
 def _measure(
-    model: nn.Module, batch: dict[str, Any], device: str, quick: bool
+    model: nn.Module, batch: dict[str, Any], device: str, quick: bool, chosen: Collection[str]
 ) -> dict[str, Figure]:
     forwards: dict[str, Callable[[], torch.Tensor]] = {}
     models: dict[str, nn.Module] = {}
-    for variant in ("eager", "hooks bf16", "hooks int8", "compile", *PASSES):
+    for variant in ("eager", "hooks bf16", "hooks int8", "compile", *chosen):
         twin = models[variant] = copy.deepcopy(model)
         if variant == "compile":
             twin.compile()
@@ -267,32 +267,33 @@ def _error(exact: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def _models(quick: bool) -> dict[str, Callable[[], Built]]:
-    layers, width, count = (1, 64, 4) if quick else (3, 256, 8)
+    layers, width, heads, count = (1, 64, 2, 4) if quick else (2, 384, 6, 8)
     shape: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers,
-                             "num_attention_heads": 4, "vocab_size": 500}  # fmt: skip
+                             "num_attention_heads": heads, "vocab_size": 500}  # fmt: skip
 
     def text(built: Built) -> Built:
-        ids = torch.randint(3, 500, (count, 64 if quick else 128))
+        ids = torch.randint(3, 500, (count, 64 if quick else 192))
         return built[0], {"input_ids": ids, "labels": ids}
 
     def vit() -> Built:
-        model = timm_model("vit_tiny_patch16_224", patch_size=8, embed_dim=width, num_heads=4,
-                           depth=layers, img_size=64)[0]  # fmt: skip
-        return model, {"x": torch.randn(2 * count, 3, 64, 64)}
+        side = 64 if quick else 112
+        model = timm_model("vit_tiny_patch16_224", patch_size=8, embed_dim=width, num_heads=heads,
+                           depth=layers, img_size=side)[0]  # fmt: skip
+        return model, {"x": torch.randn(count, 3, side, side)}
 
     def bert() -> Built:
         return text(huggingface("bert", "AutoModelForMaskedLM", **shape, **_no_dropout("bert"),
                                 intermediate_size=4 * width))  # fmt: skip
 
     def gpt2() -> Built:
-        return text(huggingface("gpt2", n_layer=layers, n_embd=width, n_head=4, vocab_size=500,
+        return text(huggingface("gpt2", n_layer=layers, n_embd=width, n_head=heads, vocab_size=500,
                                 **_no_dropout("gpt2")))  # fmt: skip
 
     def llama() -> Built:
         return text(huggingface("llama", **shape, intermediate_size=width * 43 // 16))
 
     def resnet() -> Built:
-        return timm_model("resnet18")[0], {"x": torch.randn(8, 3, 64, 64)}
+        return timm_model("resnet18")[0], {"x": torch.randn(8, 3, 128, 128)}
 
     found: dict[str, Callable[[], Built]] = {
         "vit lora": lambda: _lora(vit(), ["qkv"]),

@@ -4,9 +4,11 @@ Nearest: thresholds s and levels y that minimise
 
     sum_k  integral over (s_k, s_k+1) of (h'(x) - y_k)^2 w(x) dx
 
-by dynamic programming over a grid, with the cost of a segment (i, j) from prefix integrals of w,
-h'w and h'^2 w:  y = F1 / W,  cost = F2 - y^2 W. Stochastic: equidistant levels that cover the range
-of h'; rounding h'(x) at random to one of its two neighbours has the expectation h'(x).
+by dynamic programming over a grid, and again over a finer one around the thresholds found. The cost
+of a segment (i, j) comes from prefix integrals of w, h'w and h'^2 w: y = F1 / W, cost = F2 - y^2 W;
+within a cell, from those of the polynomial through its quadrature points. Stochastic: equidistant
+levels that cover the range of h'; rounding h'(x) at random to one of its two neighbours has the
+expectation h'(x).
 
 Source: the dynamic program is the one of few-bit backward (arXiv:2202.00441, section 4), whose
 published tables come from gradient descent instead. The stochastic variant is gtrans' own.
@@ -22,6 +24,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from numpy.polynomial import legendre
 from numpy.typing import NDArray
 
 from gtrans.analysis.pointwise import Activation
@@ -34,6 +37,7 @@ T = TypeVar("T")
 REACH = 10.0
 _CELLS = 1000
 _POINTS = 8  # Gauss-Legendre points per cell
+_FINER = 32  # parts of a cell, where a threshold is near
 _FAR = 1e4
 # Beyond the grid a derivative may exceed its range there by this share of it.
 _SLACK = 1e-3
@@ -58,6 +62,11 @@ class Table:
     mean_square: float
     relative: float
     largest: float
+
+    @property
+    def step(self) -> float:
+        """The distance between the first two levels; between any two, for stochastic rounding."""
+        return self.levels[1] - self.levels[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +116,7 @@ class Samples:
 def sample(derivative: Function) -> Samples:
     """Evaluates a derivative, in float64, wherever the tables need it."""
     edges = np.linspace(-REACH, REACH, _CELLS + 1)
-    nodes, weights = np.polynomial.legendre.leggauss(_POINTS)
+    nodes, weights = legendre.leggauss(_POINTS)
     half = (edges[1] - edges[0]) / 2
     x = (edges[:-1] + half)[:, None] + half * nodes[None, :]
     far = np.concatenate([np.linspace(REACH, 100, 91), np.geomspace(100, _FAR, 21)])
@@ -161,31 +170,31 @@ def nearest_table(samples: Samples, bits: int, weight: Weight = "uniform") -> Ta
         bits: bits per element.
         weight: of the error at x: "uniform" on [-10, 10] or "normal", the density of N(0, 1).
     """
-    w = _density(samples.x, weight) * samples.weights
-    prefix = [
-        np.concatenate([[0.0], np.cumsum((w * f).sum(1))])
-        for f in (np.ones_like(samples.h), samples.h, samples.h**2)
-    ]
-    ends, levels, _ = best_steps(prefix[0], prefix[1], prefix[2], 2**bits)
-    thresholds = [round(float(samples.edges[i]), 12) for i in ends[1:-1]]
-    return given_table(samples, thresholds, levels)
+    points = samples.edges
+    ends, levels, _ = best_steps(*_prefixes(samples, weight, points), 2**bits)
+    cell = np.linspace(-1, 1, 2 * _FINER + 1) * (points[1] - points[0])
+    near = np.clip(points[ends[1:-1], None] + cell, -REACH, REACH).round(12)
+    points = np.unique(np.concatenate([near.ravel(), [-REACH, REACH]]))
+    ends, levels, _ = best_steps(*_prefixes(samples, weight, points), 2**bits)
+    return given_table(samples, [float(points[i]) for i in ends[1:-1]], levels)
 
 
 def given_table(samples: Samples, thresholds: Sequence[float], levels: Sequence[float]) -> Table:
     """Thresholds and levels from elsewhere, with their errors; thresholds may lie inside cells."""
-    inner = np.array(levels)[np.searchsorted(thresholds, samples.x, side="left")]
-    error = samples.h - inner
-    middles = (samples.edges[:-1] + samples.edges[1:]) / 2
-    level = np.array(levels)[np.searchsorted(thresholds, middles, side="left")]
+    ends, y = np.array([-REACH, *thresholds, REACH]), np.array(levels)
+    mass, first, second = (np.diff(p) for p in _prefixes(samples, "normal", ends))
+    mean_square = float((second - 2 * y * first + y * y * mass).sum())
     # The supremum lies at thresholds, of which either side counts, or far outside.
+    (at_ends,) = _interpolated(samples, ends, samples.h[None])
+    inner = y[np.searchsorted(thresholds, samples.x, side="left")]
     errors = (
-        error,
-        samples.at_edges[:-1] - level,
-        samples.at_edges[1:] - level,
-        samples.tails - level[[0, -1]][:, None],
+        samples.h - inner,
+        at_ends[:-1] - y,
+        at_ends[1:] - y,
+        samples.tails - y[[0, -1]][:, None],
     )
     largest = max(float(np.nanmax(abs(e))) for e in errors)
-    return _table(samples, list(thresholds), list(levels), error**2, largest)
+    return _table(samples, list(thresholds), list(levels), mean_square, largest)
 
 
 @cache
@@ -198,7 +207,7 @@ def stochastic_table(samples: Samples, bits: int) -> Table:
     below = np.clip(np.searchsorted(levels, samples.h, side="right") - 1, 0, len(levels) - 2)
     variance = (levels[below + 1] - samples.h) * (samples.h - levels[below])
     step = float(levels[1] - levels[0])
-    return _table(samples, [], [float(v) for v in levels], variance, step)
+    return _table(samples, [], levels.tolist(), samples.expectation(variance), step)
 
 
 def best_steps(
@@ -235,10 +244,42 @@ def best_steps(
     return ends, levels, float(total[-1])
 
 
+def _prefixes(samples: Samples, weight: Weight, points: Floats) -> Floats:
+    """[3, n]: integrals of w, h'w and h'^2 w from the left end of the grid to each point."""
+    w = _density(samples.x, weight)
+    functions = np.stack([w, w * samples.h, w * samples.h**2])
+    cells = np.cumsum((functions * samples.weights).sum(-1), axis=-1)
+    before = np.pad(cells, [(0, 0), (1, 0)])[:, _cell(samples, points)]
+    half = (samples.edges[1] - samples.edges[0]) / 2
+    return before + half * _interpolated(samples, points, functions, integrate=True)
+
+
+def _interpolated(
+    samples: Samples, points: Floats, functions: Floats, *, integrate: bool = False
+) -> Floats:
+    """Functions [k, cells, points], or their integrals from the left end of a cell, at points."""
+    nodes, _ = legendre.leggauss(_POINTS)
+    cell = _cell(samples, points)
+    coefficients = functions[:, cell] @ np.linalg.inv(legendre.legvander(nodes, _POINTS - 1)).T
+    if integrate:
+        coefficients = legendre.legint(coefficients, lbnd=-1, axis=-1)
+    left, width = samples.edges[cell], samples.edges[1] - samples.edges[0]
+    basis = legendre.legvander(2 * (points - left) / width - 1, coefficients.shape[-1] - 1)
+    values: Floats = (coefficients * basis).sum(-1)
+    return values
+
+
+def _cell(samples: Samples, points: Floats) -> NDArray[np.intp]:
+    return np.clip(np.searchsorted(samples.edges, points, side="right") - 1, 0, _CELLS - 1)
+
+
 def _table(
-    samples: Samples, thresholds: list[float], levels: list[float], square: Floats, largest: float
+    samples: Samples,
+    thresholds: list[float],
+    levels: list[float],
+    mean_square: float,
+    largest: float,
 ) -> Table:
-    mean_square = samples.expectation(square)
     relative = math.sqrt(mean_square / samples.expectation(samples.h**2))
     return Table(tuple(thresholds), tuple(levels), mean_square, relative, largest)
 

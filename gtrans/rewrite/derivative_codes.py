@@ -96,9 +96,9 @@ def codes_at(graph: JointGraph, site: fx.Node) -> Activation:
 
 def _nearest(table: Table, bits: int, dim: int | None, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     wide = x.to(_wide(x.dtype))
-    codes = (wide > table.thresholds[0]).to(torch.uint8)
-    for threshold in table.thresholds[1:]:
-        codes = codes + (wide > threshold).to(torch.uint8)
+    codes = torch.zeros_like(wide)
+    for threshold in table.thresholds:
+        codes = codes + torch.where(wide > threshold, 1.0, 0.0)
     return pack_codes(codes, bits, dim)
 
 
@@ -111,10 +111,9 @@ def _stochastic(
     x: torch.Tensor,
     seed: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    low, step = table.levels[0], table.levels[1] - table.levels[0]
-    position = (activation.derivative(x.to(_wide(x.dtype))) - low) * (1 / step)
+    position = (activation.derivative(x.to(_wide(x.dtype))) - table.levels[0]) * (1 / table.step)
     drawn = (position + uniform(seed, salt, x.shape)).floor()
-    return pack_codes(drawn.clamp(0, 2**bits - 1).to(torch.uint8), bits, dim)
+    return pack_codes(drawn.clamp(0, 2**bits - 1), bits, dim)
 
 
 def _scale(
@@ -128,21 +127,25 @@ def _scale(
     *packed: torch.Tensor,
 ) -> torch.Tensor:
     codes = unpack_codes(packed, bits, dim, shape)
-    level = _select(codes, table.levels, bits - 1, _wide(dtype))
-    dx = (dy.to(level.dtype) * level).to(dtype)
+    wide = _wide(dtype)
+    if table.thresholds:
+        level = _select(codes.to(torch.int32), table.levels, 0, wide)
+    else:
+        level = codes.to(wide) * table.step + table.levels[0]
+    dx = (dy.to(wide) * level).to(dtype)
     return dx.contiguous() if contiguous else dx
 
 
 def _select(
-    codes: torch.Tensor, levels: tuple[float, ...], bit: int, dtype: torch.dtype
+    codes: torch.Tensor, levels: tuple[float, ...], first: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Looks levels up by the bits of their codes, without a table in memory."""
-    if bit < 0:
+    """Looks up the levels of codes from `first` on, without a table in memory."""
+    if len(levels) == 1:
         return torch.scalar_tensor(levels[0], dtype=dtype, device=codes.device)
     half = len(levels) // 2
-    low = _select(codes, levels[:half], bit - 1, dtype)
-    high = _select(codes, levels[half:], bit - 1, dtype)
-    return torch.where(((codes >> bit) & 1).to(torch.bool), high, low)
+    low = _select(codes, levels[:half], first, dtype)
+    high = _select(codes, levels[half:], first + half, dtype)
+    return torch.where(codes >= first + half, high, low)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -88,7 +88,7 @@ def encode(
     codes = (position + offset).floor().clamp(0, largest)
     if grid.zeros:
         codes = torch.where(groups > 0, codes + 1, 0.0)
-    return (low, step, *parts, *pack_codes(codes.to(torch.uint8), grid.bits, 1))
+    return (low, step, *parts, *pack_codes(codes, grid.bits, 1))
 
 
 def decode(
@@ -106,11 +106,11 @@ def decode(
         [*shape], with the strides that the tensor had.
     """
     low, step, *packed = parts
-    codes = unpack_codes(packed[2 * bool(grid.block) :], grid.bits, 1, ())
+    codes = unpack_codes(packed[2 * bool(grid.block) :], grid.bits, 1, ()).to(low.dtype)
     if grid.zeros:
-        values = torch.where(codes > 0, low + (codes.to(low.dtype) - 1) * step, 0.0)
+        values = torch.where(codes > 0, low + (codes - 1) * step, 0.0)
     else:
-        values = low + codes.to(low.dtype) * step
+        values = low + codes * step
     sizes = [shape[d] for d in grid.order]
     back = sorted(range(len(sizes)), key=grid.order.__getitem__)
     values = values.reshape(sizes).permute(back)

@@ -18,20 +18,19 @@ Source: ReGELU2 and ReSiLU2 of approximate backpropagation (arXiv:2406.16282), w
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
 from scipy.special import expit, ndtr
 
-from gtrans.analysis.derivative_tables import Samples, given_table, samples_of
-from gtrans.analysis.pointwise import Activation, find_activations
+from gtrans.analysis.derivative_tables import Samples, Table, given_table
+from gtrans.analysis.pointwise import find_activations
 from gtrans.contract import Close, Contract
 from gtrans.core import Knob, require
 from gtrans.ir.joint import JointGraph
-from gtrans.ir.sizes import numel
-from gtrans.plan.slopes import slope_candidate
+from gtrans.plan.slopes import slope_proposal
 from gtrans.plan.worth import Candidate, PayingPass
-from gtrans.rewrite.derivative_codes import DerivativeCodes
 
 _BITS = 2
 # The two forms of GELU differ by less than this in their derivative, other activations by more.
@@ -97,27 +96,21 @@ class ApproxBP(PayingPass):
 
     def proposals(self, graph: JointGraph) -> Iterable[Candidate | str]:
         """The gradient at the input of every pointwise activation."""
-        return [self._proposal(activation) for activation in find_activations(graph)]
+        propose = partial(
+            slope_proposal, bits=_BITS, min_numel=self.min_numel, table_of=self._table
+        )
+        return map(propose, find_activations(graph))
 
-    def _proposal(self, activation: Activation) -> Candidate | str:
-        if numel(activation.x.meta["val"]) < self.min_numel:
-            return "fewer elements than min_numel"
-        samples = samples_of(activation)
-        name = None if samples is None else _name_of(samples)
-        if samples is None or name is None:
+    def _table(self, samples: Samples) -> Table | str:
+        name = _name_of(samples)
+        if name is None:
             return "the paper has constants for GELU and SiLU only; few-bit takes any activation"
-        codes = DerivativeCodes(_BITS)
-        if (obstacle := codes.obstacle(activation)) is not None:
-            return obstacle
         hinges = HINGES[self.constants][name]
-        table = given_table(samples, hinges.corners, hinges.levels)
-        return slope_candidate(activation, codes, table)
+        return given_table(samples, hinges.corners, hinges.levels)
 
 
 def _name_of(samples: Samples) -> str | None:
     """Which of the two activations a derivative belongs to."""
-    if not samples.is_finite:
-        return None
     x, h = samples.x, samples.h
     gate = expit(x)
     known = {

@@ -34,9 +34,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx
 
-from gtrans.analysis.derivative_tables import nearest_table, samples_of, stochastic_table
+from gtrans.analysis.derivative_tables import nearest_table, stochastic_table
 from gtrans.analysis.linear_uses import Role, flows_into_another, norm_use, uses_of
-from gtrans.analysis.pointwise import Activation, find_activations
+from gtrans.analysis.pointwise import find_activations
 from gtrans.analysis.rounding import relative_error
 from gtrans.contract import Aligned, Close, Contract, Unbiased
 from gtrans.core import Knob, require
@@ -44,11 +44,10 @@ from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph, Placement, tag
 from gtrans.ir.printer import target_name
 from gtrans.ir.sizes import numel
-from gtrans.plan.slopes import slope_candidate
+from gtrans.plan.slopes import slope_proposal
 from gtrans.plan.widths import Widths
 from gtrans.plan.worth import Candidate, PayingPass
 from gtrans.rewrite.coded_values import CodedValue, coded_value
-from gtrans.rewrite.derivative_codes import DerivativeCodes, obstacle_to_levels
 from gtrans.runtime.quantise import Grid, group_size, memory_order
 
 _ROUNDED = Close(rtol=0.1)
@@ -102,7 +101,10 @@ class Compress(PayingPass):
         """Every activation's derivative, and every value that some backward node is affine in."""
         # Eight bits stand for any value, so that no derivative needs codes.
         activations = [] if self._any_reader else find_activations(graph)
-        slopes = [self._slope(a) for a in activations]
+        table = partial(
+            nearest_table if self.rounding == "nearest" else stochastic_table, bits=self.slope_bits
+        )
+        slopes = [slope_proposal(a, self.slope_bits, self.min_numel, table) for a in activations]
         # What computes a derivative that has codes of its own asks for no values; nor does what
         # this pass has made.
         others = {
@@ -129,17 +131,6 @@ class Compress(PayingPass):
     def _has_use(self, graph: JointGraph, value: fx.Node, others: Collection[str]) -> bool:
         uses = [u for u in uses_of(graph, value) if u.reader.name not in others]
         return any(u.role in (Role.LINEAR, Role.NORM) or self._any_reader for u in uses)
-
-    def _slope(self, activation: Activation) -> Candidate | str:
-        if numel(activation.x.meta["val"]) < self.min_numel:
-            return "fewer elements than min_numel"
-        codes = DerivativeCodes(self.slope_bits)
-        samples = samples_of(activation)
-        obstacle = codes.obstacle(activation) or obstacle_to_levels(samples)
-        if obstacle is not None or samples is None:
-            return str(obstacle)
-        make = nearest_table if self.rounding == "nearest" else stochastic_table
-        return slope_candidate(activation, codes, make(samples, self.slope_bits))
 
     def _value(self, graph: JointGraph, value: fx.Node, others: Collection[str]) -> Candidate | str:
         val = value.meta["val"]

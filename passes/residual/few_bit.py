@@ -22,6 +22,7 @@ Source: few-bit backward (arXiv:2202.00441), its dynamic program in `gtrans.anal
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 from gtrans.analysis.derivative_tables import (
@@ -29,17 +30,14 @@ from gtrans.analysis.derivative_tables import (
     Table,
     Weight,
     nearest_table,
-    samples_of,
     stochastic_table,
 )
-from gtrans.analysis.pointwise import Activation, find_activations
+from gtrans.analysis.pointwise import find_activations
 from gtrans.contract import Close, Contract, Unbiased
 from gtrans.core import Knob, require
 from gtrans.ir.joint import JointGraph
-from gtrans.ir.sizes import numel
-from gtrans.plan.slopes import slope_candidate
+from gtrans.plan.slopes import slope_proposal
 from gtrans.plan.worth import Candidate, PayingPass
-from gtrans.rewrite.derivative_codes import DerivativeCodes, obstacle_to_levels
 
 
 @dataclass(frozen=True)
@@ -74,23 +72,15 @@ class FewBit(PayingPass):
 
     def proposals(self, graph: JointGraph) -> Iterable[Candidate | str]:
         """The gradient at the input of every pointwise activation."""
-        return [self._proposal(activation) for activation in find_activations(graph)]
+        propose = partial(
+            slope_proposal, bits=self.bits, min_numel=self.min_numel, table_of=self._table
+        )
+        return map(propose, find_activations(graph))
 
-    def _proposal(self, activation: Activation) -> Candidate | str:
-        if numel(activation.x.meta["val"]) < self.min_numel:
-            return "fewer elements than min_numel"
-        codes = DerivativeCodes(self.bits)
-        samples = samples_of(activation)
-        obstacle = codes.obstacle(activation) or obstacle_to_levels(samples)
-        if obstacle is not None or samples is None:
-            return str(obstacle)
-        table = self._table(samples)
-        promise = self.contract
+    def _table(self, samples: Samples) -> Table | str:
+        if self.rounding == "stochastic":
+            return stochastic_table(samples, self.bits)
+        table, promise = nearest_table(samples, self.bits, self.weight), self.contract
         if isinstance(promise, Close) and table.largest > promise.rtol / 2:
             return f"{self.bits} bits cannot follow its derivative as closely as promised"
-        return slope_candidate(activation, codes, table)
-
-    def _table(self, samples: Samples) -> Table:
-        if self.rounding == "nearest":
-            return nearest_table(samples, self.bits, self.weight)
-        return stochastic_table(samples, self.bits)
+        return table

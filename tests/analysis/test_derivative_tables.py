@@ -10,6 +10,8 @@ from torch.nn import functional
 
 from gtrans.analysis.derivative_tables import (
     Samples,
+    Table,
+    Weight,
     best_steps,
     nearest_table,
     sample,
@@ -62,11 +64,70 @@ def test_two_bits_of_gelu_are_as_good_as_the_best_known() -> None:
     uniform, normal = nearest_table(GELU, 2), nearest_table(GELU, 2, "normal")
     assert uniform.mean_square <= 0.0085
     assert normal.mean_square <= 0.0081
-    assert uniform.thresholds == pytest.approx([-0.46, 0, 0.46], abs=1e-9)
-    assert uniform.levels == pytest.approx([-0.0156, 0.3228, 0.6772, 1.0156], abs=6e-5)
+    assert uniform.thresholds == pytest.approx([-0.46, 0, 0.46], abs=0.01)  # on a grid of 0.02
+    assert uniform.levels == pytest.approx([-0.0156, 0.3228, 0.6772, 1.0156], abs=4e-3)
     assert nearest_table(MISH, 2).levels == pytest.approx(
-        [-0.0312, 0.2954, 0.6666, 1.0116], abs=6e-5
+        [-0.0312, 0.2954, 0.6666, 1.0116], abs=4e-3
     )
+
+
+# Integral of (level - h')^2 over [-10, 10] with 1 to 4 bits for the tables that the authors of
+# few-bit backward published (computed from `builtin.npz` of their package).
+PUBLISHED: dict[Function, tuple[float, ...]] = {
+    functional.gelu: (0.141047, 0.044358, 0.011983, 0.004109),
+    functional.silu: (0.214978, 0.058370, 0.027237, 0.005352),
+    functional.mish: (0.169904, 0.048136, 0.014086, 0.003850),
+    functional.softplus: (0.368038, 0.060470, 0.012903, 0.003008),
+    torch.sigmoid: (0.149231, 0.014744, 0.003295, 0.001094),
+    torch.tanh: (1.260894, 0.119091, 0.026471, 0.008767),
+}
+POINTS = np.linspace(-10, 10, 400_001)[:-1] + 2.5e-5
+
+
+def error_of(table: Table, h: np.ndarray, w: np.ndarray) -> float:
+    levels = np.array(table.levels)[np.searchsorted(table.thresholds, POINTS)]
+    return float((w * (levels - h) ** 2).sum())
+
+
+def improved(h: np.ndarray, w: np.ndarray, thresholds: np.ndarray) -> float:
+    """The error after alternating between the best levels and the best thresholds."""
+    count = len(thresholds) + 1
+    for _ in range(12):
+        code = np.searchsorted(thresholds, POINTS)
+        level = np.bincount(code, w * h, count) / np.bincount(code, w, count)
+        for k, start in enumerate(np.searchsorted(POINTS, thresholds)):
+            near = slice(max(0, start - 400), start + 400)  # to either side by 0.02
+            gain = (h[near] - level[k]) ** 2 - (h[near] - level[k + 1]) ** 2
+            thresholds[k] = POINTS[near][np.cumsum(w[near] * gain).argmin()]
+    code = np.searchsorted(thresholds, POINTS)
+    return float((w * (level[code] - h) ** 2).sum())
+
+
+@pytest.mark.parametrize("weight", ["uniform", "normal"])
+@pytest.mark.parametrize("function", PUBLISHED, ids=lambda f: f.__name__)
+def test_no_table_is_better(function: Function, weight: Weight) -> None:
+    samples = sample(derivative(function))
+    h = derivative(function)(torch.from_numpy(POINTS)).numpy()
+    density = np.exp(-(POINTS**2) / 2) / np.sqrt(2 * np.pi) if weight == "normal" else 1.0
+    w = density * np.full_like(POINTS, 5e-5)
+    for bits, published in enumerate(PUBLISHED[function], 1):
+        table = nearest_table(samples, bits, weight)
+        found = error_of(table, h, w)
+        assert found <= improved(h, w, np.array(table.thresholds)) + 1e-6
+        if weight == "uniform":
+            assert found <= published + 1e-6
+        else:
+            assert found == pytest.approx(table.mean_square, abs=1e-8)
+
+
+def test_most_published_tables_are_worse() -> None:
+    better = 0
+    for function, published in PUBLISHED.items():
+        h = derivative(function)(torch.from_numpy(POINTS)).numpy()
+        for bits, theirs in enumerate(published, 1):
+            table = nearest_table(sample(derivative(function)), bits)
+            better += error_of(table, h, np.full_like(POINTS, 5e-5)) < 0.99 * theirs
+    assert better == 20  # of 24
 
 
 @pytest.mark.parametrize("samples", [GELU, SILU, SOFTPLUS])

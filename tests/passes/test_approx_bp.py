@@ -104,7 +104,7 @@ def test_either_form_of_gelu_and_silu_is_recognised_and_nothing_else() -> None:
     ):
         assert stats_of(explained(Feedforward(act))).rewritten == 1
     reason = "the paper has constants for GELU and SiLU only; few-bit takes any activation"
-    for act in (functional.mish, torch.tanh, functional.relu):
+    for act in (functional.mish, torch.tanh):
         assert dict(stats_of(explained(Feedforward(act))).skipped) == {reason: 1}
 
 
