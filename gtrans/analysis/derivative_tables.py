@@ -171,11 +171,11 @@ def nearest_table(samples: Samples, bits: int, weight: Weight = "uniform") -> Ta
         weight: of the error at x: "uniform" on [-10, 10] or "normal", the density of N(0, 1).
     """
     points = samples.edges
-    ends, levels, _ = best_steps(*_prefixes(samples, weight, points), 2**bits)
+    ends, levels, _ = best_steps(_prefixes(samples, weight, points), 2**bits)
     cell = np.linspace(-1, 1, 2 * _FINER + 1) * (points[1] - points[0])
     near = np.clip(points[ends[1:-1], None] + cell, -REACH, REACH).round(12)
     points = np.unique(np.concatenate([near.ravel(), [-REACH, REACH]]))
-    ends, levels, _ = best_steps(*_prefixes(samples, weight, points), 2**bits)
+    ends, levels, _ = best_steps(_prefixes(samples, weight, points), 2**bits)
     return given_table(samples, [float(points[i]) for i in ends[1:-1]], levels)
 
 
@@ -210,22 +210,20 @@ def stochastic_table(samples: Samples, bits: int) -> Table:
     return _table(samples, [], levels.tolist(), samples.expectation(variance), step)
 
 
-def best_steps(
-    mass: Floats, first: Floats, second: Floats, pieces: int
-) -> tuple[list[int], list[float], float]:
+def best_steps(prefixes: Floats, pieces: int) -> tuple[list[int], list[float], float]:
     """The step function with so many pieces that is nearest in weighted mean square.
 
     Args:
-        mass, first, second: [n + 1], prefix integrals of w, f w and f^2 w over n cells.
+        prefixes: [3, n + 1], prefix integrals of w, f w and f^2 w over n cells.
         pieces: at most n.
 
     Returns:
         The ends of the pieces (pieces + 1 cell numbers from 0 to n), the level of each, the error.
     """
-    n = len(mass) - 1
-    w, f1, f2 = (p[None, :] - p[:, None] for p in (mass, first, second))
+    n = prefixes.shape[1] - 1
+    w, f1, f2 = prefixes[:, None, :] - prefixes[:, :, None]
     # Where there is no weight any level will do; the difference of prefixes is rounding noise.
-    heavy = w > 1e-13 * mass[-1]
+    heavy = w > 1e-13 * prefixes[0, -1]
     level = np.divide(f1, w, out=np.zeros_like(w), where=heavy)
     cost = np.where(heavy, np.maximum(f2 - level * f1, 0.0), 0.0)
     cost[np.tril_indices(n + 1)] = np.inf
@@ -251,7 +249,9 @@ def _prefixes(samples: Samples, weight: Weight, points: Floats) -> Floats:
     cells = np.cumsum((functions * samples.weights).sum(-1), axis=-1)
     before = np.pad(cells, [(0, 0), (1, 0)])[:, _cell(samples, points)]
     half = (samples.edges[1] - samples.edges[0]) / 2
-    return before + half * _interpolated(samples, points, functions, integrate=True)
+    inside = _interpolated(samples, points, functions, integrate=True)
+    prefixes: Floats = before + half * inside
+    return prefixes
 
 
 def _interpolated(

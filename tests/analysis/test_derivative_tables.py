@@ -53,7 +53,9 @@ def test_the_dynamic_program_finds_what_trying_all_finds(pieces: int, seed: int)
             total += float((w[i:j] * (f[i:j] - mean) ** 2).sum())
         return total
 
-    ends, levels, found = best_steps(prefix(w), prefix(w * f), prefix(w * f * f), pieces)
+    ends, levels, found = best_steps(
+        np.stack([prefix(w), prefix(w * f), prefix(w * f * f)]), pieces
+    )
     best = min(error(inner) for inner in combinations(range(1, cells), pieces - 1))
     assert found == pytest.approx(best, abs=1e-12)
     assert error(tuple(ends[1:-1])) == pytest.approx(best, abs=1e-12)
