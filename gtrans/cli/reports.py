@@ -61,8 +61,11 @@ def report(
         Path, typer.Option("--out", "-o", metavar="FILE", help="Where to write the page.")
     ] = Path("report.html"),
     check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Compare gradients, which runs four steps.")
+        bool, typer.Option("--check/--no-check", help="Compare gradients, which runs two steps.")
     ] = True,
+    float64: Annotated[
+        bool, typer.Option("--float64", help="Compare them in float64, too; takes longer.")
+    ] = False,
 ) -> None:
     """Write one page about a step: passes, graphs, memory, gradients, plans.
 
@@ -82,6 +85,7 @@ def report(
             command=request.command("report"),
             seed=request.seed,
             check=check,
+            float64=float64,
             told=told,
         )
         told("writing the page")

@@ -177,6 +177,7 @@ def page_of(
     command: str = "",
     seed: int = 0,
     check: bool = True,
+    float64: bool = False,
     told: Told = lambda what: None,
 ) -> Page:
     """Finds everything for the page: captures the model, compares gradients, searches plans.
@@ -189,7 +190,9 @@ def page_of(
         title: what to call the model; its class by default.
         command: how to make the page again.
         seed: of the compared steps.
-        check: compare the gradients with the untouched model's, which runs it four times.
+        check: compare the gradients with the untouched model's, which runs it twice.
+        float64: compare them in float64, too, where errors do not hide behind rounding; that runs
+            the model twice again, and captures it once more.
         told: called with what is being done.
 
     Raises:
@@ -200,7 +203,8 @@ def page_of(
     verification = None
     if check:
         told("comparing gradients with the untouched model")
-        verification, watcher = _compared(model, inputs, keyword_inputs, pipeline, seed)
+        dtypes = (torch.float64, None) if float64 else (None,)
+        verification, watcher = _compared(model, inputs, keyword_inputs, pipeline, seed, dtypes)
     else:
         told("capturing the model")
         watcher = watched(model, inputs, keyword_inputs, pipeline)
@@ -220,6 +224,7 @@ def _compared(
     keyword_inputs: dict[str, Any],
     pipeline: Pipeline,
     seed: int,
+    dtypes: Sequence[torch.dtype | None],
 ) -> tuple[Verification, Watcher]:
     """The comparison, and what was captured for its last part, in the model's own dtype."""
     watchers: list[Watcher] = []
@@ -228,7 +233,9 @@ def _compared(
         watchers.append(Watcher(*arguments, **options))
         return watchers[-1]
 
-    verification = compare(model, inputs, keyword_inputs, pipeline, seed=seed, make=make)
+    verification = compare(
+        model, inputs, keyword_inputs, pipeline, seed=seed, dtypes=dtypes, make=make
+    )
     return verification, watchers[-1]
 
 

@@ -106,6 +106,14 @@ def test_gradients_are_folded_with_the_worst_first(page: Page) -> None:
     )
 
 
+@pytest.mark.parametrize("float64", [False, True])
+def test_float64_is_compared_on_request(float64: bool) -> None:
+    verification = made("plan", float64=float64).verification
+    assert verification is not None
+    found = {c.dtype for c in verification.comparisons}
+    assert found == ({torch.float32, torch.float64} if float64 else {torch.float32})
+
+
 def test_a_wrong_gradient_is_seen() -> None:
     page = made(Pipeline((Scaled(),)))
     html = page.html()
