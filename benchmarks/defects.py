@@ -6,7 +6,7 @@ reduced if `reduce` leaves less than 25 nodes, inputs and output included, whose
 same failure in a process of its own. All on the eager path, on two cores.
 
 For comparison torch's accuracy minifier is asked about a defect in a joint pass, and about the same
-one in a lowering as a control (`benchmarks.minifier`). `--quick` takes five defects and leaves that
+one in a lowering as a control (`benchmarks.minifier`). `--quick` takes four defects and leaves that
 out.
 """
 
@@ -32,7 +32,7 @@ from gtrans.pipeline import Pipeline
 from gtrans.registry import registered
 
 _SECONDS, _NODES = 30.0, 25
-_QUICK = ("stale-input", "pair", "nan-rule", "odd-size", "backend")
+_QUICK = ("stale-input", "nan-rule", "odd-size", "backend")
 
 
 @dataclass(frozen=True)
