@@ -1,4 +1,4 @@
-"""How the backward reads a forward value: linearly, only its sign, as a norm's input, or otherwise.
+"""How the backward reads a forward value: linearly, only its sign, quadratically, or otherwise.
 
 If every reader is affine in a value, random noise of mean zero in the value leaves the expectation
 of all gradients as it is:
@@ -8,6 +8,7 @@ of all gradients as it is:
     attention                values and output; not queries and keys, which are exponents
     threshold at zero        the sign, which a code can keep exactly
     norms                    quadratic in their input; affine in each of two independent copies
+    softmax                  quadratic in its output; affine in each of two independent copies
 """
 
 from collections.abc import Iterable
@@ -30,6 +31,7 @@ class Role(Enum):
     LINEAR = "linear"
     SIGN = "sign"
     NORM = "norm"
+    SOFTMAX = "softmax"
     OTHER = "other"
 
 
@@ -180,6 +182,8 @@ def _role(reader: fx.Node, operand: fx.Node) -> Role:
         return Role.LINEAR
     if reader.target is aten.threshold_backward.default and name == "self":
         return Role.SIGN if ops.argument(reader, "threshold") == 0 else Role.OTHER
+    if reader.target is aten._softmax_backward_data.default and name == "output":
+        return Role.SOFTMAX
     norm = norm_use(reader)
     return Role.NORM if norm is not None and operand is norm.x and name == "input" else Role.OTHER
 

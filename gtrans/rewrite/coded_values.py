@@ -5,7 +5,8 @@
     dw = f(dy, view(v))                -->    dw    = f(dy, view(decode(parts)))
 
 The input of a norm is coded as it is normalised, by two independent sets of codes, one for each
-factor of the norm's gradient; what else reads the norm's output reads it made of the first.
+factor of the norm's gradient; what else reads the norm's output reads it made of the first. The
+output of a softmax has two sets of codes for the same reason.
 """
 
 from collections.abc import Collection, Sequence
@@ -24,7 +25,14 @@ from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import numel
 from gtrans.rewrite.late import seed_of, splice_late
 from gtrans.runtime.noise import salt_of
-from gtrans.runtime.norm_gradient import NormShape, affine, denormalised, gradients, normalised
+from gtrans.runtime.norm_gradient import (
+    NormShape,
+    affine,
+    denormalised,
+    gradients,
+    normalised,
+    softmax_gradient,
+)
 from gtrans.runtime.quantise import Grid, decode, encode
 
 # The second copy of a norm's input is read through a mean over many terms only. It has the fewest
@@ -39,14 +47,16 @@ class CodedValue:
     Attributes:
         value: allocates what it is stored in.
         uses: readers of the value that are affine in it, or read its sign.
+        softmaxes: backwards of softmax whose output it is.
         norms: norms whose input it is.
         image_uses: readers of those norms' outputs, affine in them.
         grid: of the codes.
-        second: of the second copy, for norms; None: one copy does.
+        second: of the second copy, for norms and softmax; None: one copy does.
     """
 
     value: fx.Node
     uses: tuple[Use, ...]
+    softmaxes: tuple[Use, ...]
     norms: tuple[NormUse, ...]
     image_uses: tuple[tuple[NormUse, Use], ...]
     grid: Grid
@@ -61,7 +71,8 @@ class CodedValue:
     @property
     def readers(self) -> list[fx.Node]:
         """The backward nodes that read codes."""
-        found = [u.reader for u in self.uses] + [n.backward for n in self.norms]
+        found = [u.reader for u in (*self.uses, *self.softmaxes)]
+        found += [n.backward for n in self.norms]
         return sorted(dict.fromkeys(found + [u.reader for _, u in self.image_uses]))
 
     @property
@@ -72,7 +83,8 @@ class CodedValue:
 
     def let_go(self, trial: JointGraph, twin: Any) -> None:
         """Cuts the edges from the value to its readers, in a copy of the graph that never runs."""
-        edges = [(u.reader, u.operand) for u in (*self.uses, *(u for _, u in self.image_uses))]
+        direct = (*self.uses, *self.softmaxes, *(u for _, u in self.image_uses))
+        edges = [(u.reader, u.operand) for u in direct]
         edges += [(n.backward, n.x) for n in self.norms]
         for reader, operand in edges:
             cut_edge(trial, twin(reader), twin(operand))
@@ -100,23 +112,45 @@ class CodedValue:
         for norm in self.norms:
             z = other = _of_norm(graph, main, norm, first, norm.backward)
             if self.second is not None:
-                name = norm.backward.name
-                second = self._decoded(graph, source, self.second, norm.backward, name)
+                second = self._decoded_again(graph, source, norm.backward)
                 other = _of_norm(graph, main, norm, second, norm.backward)
             replace_norm(graph, norm, z, other)
+        for use in self.softmaxes:
+            second = self._decoded_again(graph, source, use.reader)
+            replace_softmax(graph, use.reader, first, second)
+
+    def _decoded_again(self, graph: JointGraph, source: fx.Node, reader: fx.Node) -> fx.Node:
+        """The second copy, for one reader."""
+        assert self.second is not None
+        return self._decoded(graph, source, self.second, reader, reader.name)
 
     def _decoded(
         self, graph: JointGraph, source: fx.Node, grid: Grid, anchor: fx.Node, draw: str
     ) -> fx.Node:
-        val = source.meta["val"]
-        sources = [source]
-        if grid.salt is not None:
-            grid = replace(grid, salt=salt_of(f"{self.value.name} {draw}"))
-            sources.append(seed_of(graph))
-        parts = graph.splice_after(source, partial(encode, grid), *sources)
-        shape = [n if isinstance(n, int) else -1 for n in val.shape]
-        (made,) = splice_late(graph, anchor, partial(decode, grid, shape, val.dtype), *parts)
-        return made
+        return decoded_late(graph, source, grid, anchor, f"{self.value.name} {draw}")
+
+
+def decoded_late(
+    graph: JointGraph, source: fx.Node, grid: Grid, anchor: fx.Node, name: str
+) -> fx.Node:
+    """Codes a forward value and decodes it right before its first reader.
+
+    Args:
+        graph: the graph to edit.
+        source: the value.
+        grid: how; a salt in it is replaced by one of this copy.
+        anchor: the first reader.
+        name: of the copy; another name is another draw of the noise.
+    """
+    val = source.meta["val"]
+    sources = [source]
+    if grid.salt is not None:
+        grid = replace(grid, salt=salt_of(name))
+        sources.append(seed_of(graph))
+    parts = graph.splice_after(source, partial(encode, grid), *sources)
+    shape = [n if isinstance(n, int) else -1 for n in val.shape]
+    (made,) = splice_late(graph, anchor, partial(decode, grid, shape, val.dtype), *parts)
+    return made
 
 
 def cut_edge(trial: JointGraph, reader: fx.Node, operand: fx.Node) -> None:
@@ -144,14 +178,17 @@ def coded_value(
         others: names of backward nodes that are taken care of in another way, such as those that
             compute a derivative which has codes of its own.
         any_reader: code the value also for readers that are not affine in it, if they do not
-            compare it with anything; of a norm's input one copy does then.
+            compare it with anything; one copy does then.
     """
     uses = [u for u in uses_of(joint, value) if u.reader.name not in others]
-    taken = {Role.LINEAR, Role.SIGN}
+    taken = {Role.LINEAR, Role.SIGN} | ({Role.SOFTMAX} if any_reader else set())
     plain = tuple(
         u
         for u in uses
         if u.role in taken or (any_reader and u.role is Role.OTHER and not reads_kink(u.reader))
+    )
+    softmaxes = tuple(
+        u for u in uses if u.role is Role.SOFTMAX and u.operand is value and not any_reader
     )
     norms = tuple(n for u in uses if u.role is Role.NORM and (n := norm_use(u.reader)) is not None)
     images: list[tuple[NormUse, Use]] = []
@@ -163,14 +200,17 @@ def coded_value(
             if u.role is Role.LINEAR and u.reader.name not in others
         ]
     second = None
-    if norms and not any_reader:
-        second = replace(grid, bits=_second_bits(grid, norms))
-    return CodedValue(value, plain, norms, tuple(images), grid, second)
+    if (norms or softmaxes) and not any_reader:
+        terms = [n.terms for n in norms]
+        terms += [value.meta["val"].shape[ops.argument(u.reader, "dim")] for u in softmaxes]
+        second = replace(grid, bits=_second_bits(grid, terms))
+    return CodedValue(value, plain, softmaxes, norms, tuple(images), grid, second)
 
 
-def _second_bits(grid: Grid, norms: Sequence[NormUse]) -> int:
+def _second_bits(grid: Grid, sums: Sequence[object]) -> int:
+    """The bits of a copy that is read through sums over so many terms."""
     stochastic = grid.salt is not None
-    terms = min(n.terms if isinstance(n.terms, int) else 1 for n in norms)
+    terms = min(n if isinstance(n, int) else 1 for n in sums)
     bound = _SHARE * relative_error(grid.bits, grid.group, stochastic=stochastic) * sqrt(terms)
     fits = [b for b in (1, 2, 4) if relative_error(b, grid.group, stochastic=stochastic) <= bound]
     return min([*fits, grid.bits])
@@ -235,6 +275,19 @@ def replace_norm(graph: JointGraph, norm: NormUse, z: fx.Node, other: fx.Node) -
     for position, part in ops.parts(node).items():
         graph.replace(part, made[position])
     graph.erase(node)
+
+
+def replace_softmax(graph: JointGraph, node: fx.Node, y: fx.Node, other: fx.Node) -> None:
+    """Computes the gradient of a softmax from two copies of its output.
+
+    Args:
+        graph: the graph to edit.
+        node: the backward of the softmax.
+        y, other: the copies.
+    """
+    function = partial(softmax_gradient, ops.argument(node, "dim"), node.meta["val"].dtype)
+    (made,) = splice_late(graph, node, function, ops.argument(node, "grad_output"), y, other)
+    graph.replace(node, made)
 
 
 def _shape(norm: NormUse) -> NormShape:

@@ -1,12 +1,15 @@
-"""A norm's output and gradient from a copy of its input and the statistics the forward found.
+"""The gradient of a norm from copies of its input, and of a softmax from copies of its output.
 
     z  = (x - mean) * rstd                     y  = z * weight + bias
     dx = rstd * (g - mean(g) - z * mean(g z'))     g = dy * weight; no mean(g) for an RMS norm
     dw = sum(dy * z),  db = sum(dy)
 
+    p  = softmax(x)                            dx = p * (dy - sum(dy * p'))
+
 `z` and `z'` may come from two copies of x with independent errors of mean zero: the gradient is
 affine in each, and the statistics are exact, so its expectation is the true gradient. With one copy
-it would be off by the variance of the error over the number of terms.
+it would be off by the variance of the error over the number of terms; for a softmax, where nothing
+divides by that number, by the variance itself.
 
 Source: the identities are those of memory-sharing norms (arXiv:2406.16282); the two copies are
 gtrans' own.
@@ -119,3 +122,17 @@ def denormalised(
     """The inverse of `normalised`."""
     centred = z / shape.along(rstd, z)
     return (centred if mean is None else centred + shape.along(mean, z)).to(dtype)
+
+
+def softmax_gradient(
+    dim: int, dtype: torch.dtype, dy: torch.Tensor, y: torch.Tensor, other: torch.Tensor
+) -> torch.Tensor:
+    """The gradient at the input of a softmax.
+
+    Args:
+        dim: over which it sums to one.
+        dtype: of the gradient.
+        dy: the cotangent, shaped like y.
+        y, other: the output, and another copy of it.
+    """
+    return (y * (dy - (dy * other).sum(dim, keepdim=True))).to(dtype)

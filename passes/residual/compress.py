@@ -5,8 +5,9 @@
     dw = mm(dz, y)                     -->    dw = mm(dz, decode(low, step, codes))
 
 Values that the backward is affine in (operands of products and convolutions, factors, the values
-and outputs of attention, inputs of norms in two copies) are rounded at random, group by group, with
-the expectation they have. Outputs of ReLU keep their zeros, and so their mask, exactly. Pointwise
+and outputs of attention, inputs of norms and outputs of softmax in two copies) are rounded at
+random, group by group, with the expectation they have. Outputs of ReLU keep their zeros, and so
+their mask, exactly. A fused product of queries, keys and values is kept slice by slice. Pointwise
 activations keep their derivative, to which their gradient is linear, in codes as `few-bit` does.
 
 Shapes: a value: [*s], floating; codes: uint8, numel * bits / 8 bytes; low, step: one of each a
@@ -18,12 +19,12 @@ Contract: stochastic is unbiased: every gradient is affine in each coded copy, c
     independent noise, and no gradient made of a value flows into another reader of it. Nearest is
     close at 8 bits and only aligned below. A NaN or infinity spoils its group.
 Needs: nothing of the model. Below 8 bits, and with random rounding, values that any reader is not
-    affine in stay as they are, with the reason: queries and keys, softmax outputs. Nearest rounding
-    to 8 bits takes those as well, unless their reader compares them with something, and does
-    without codes of derivatives.
-Source: see `gtrans.runtime.quantise`. Norms in two copies, zeros with a code of their own, and one
-    choice for values and derivatives together: gtrans. Not done: running range estimates (Mesa),
-    bits per sample (ActNN).
+    affine in stay as they are, with the reason: queries and keys of fused attention. Nearest
+    rounding to 8 bits takes those as well, unless their reader compares them with something, and
+    does without codes of derivatives.
+Source: see `gtrans.runtime.quantise`. Norms and softmax in two copies, zeros with a code of their
+    own, and one choice for values and derivatives together: gtrans. Not done: running range
+    estimates (Mesa), bits per sample (ActNN).
 """
 
 from collections.abc import Collection, Iterable
@@ -47,10 +48,13 @@ from gtrans.ir.sizes import numel
 from gtrans.plan.slopes import slope_proposal
 from gtrans.plan.widths import Widths
 from gtrans.plan.worth import Candidate, PayingPass
+from gtrans.rewrite.coded_slices import Slices, order_of, slices_of
 from gtrans.rewrite.coded_values import CodedValue, coded_value
 from gtrans.runtime.quantise import Grid, group_size, memory_order
 
 _ROUNDED = Close(rtol=0.1)
+_NO_GROUPS = "its inner sizes do not divide into groups of a multiple of 8"
+_CODED = (Role.LINEAR, Role.NORM, Role.SOFTMAX)
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class Compress(PayingPass):
 
     def _has_use(self, graph: JointGraph, value: fx.Node, others: Collection[str]) -> bool:
         uses = [u for u in uses_of(graph, value) if u.reader.name not in others]
-        return any(u.role in (Role.LINEAR, Role.NORM) or self._any_reader for u in uses)
+        return any(u.role in _CODED or self._any_reader for u in uses)
 
     def _value(self, graph: JointGraph, value: fx.Node, others: Collection[str]) -> Candidate | str:
         val = value.meta["val"]
@@ -138,9 +142,12 @@ class Compress(PayingPass):
             return "fewer elements than min_numel"
         if sum(not isinstance(n, int) for n in val.shape) > 1:
             return "several of its sizes are dynamic"
+        slices = None if self._any_reader else slices_of(graph, value, others)
+        if slices is not None:
+            return self._sliced(graph, slices, others)
         grid = self._grid(graph, value)
         if grid is None:
-            return "its inner sizes do not divide into groups of a multiple of 8"
+            return _NO_GROUPS
         code = partial(coded_value, grid=grid, others=others, any_reader=self._any_reader)
         coded = code(graph, value)
         if not coded.readers:
@@ -157,6 +164,33 @@ class Compress(PayingPass):
 
         return Candidate(value, value, coded.bytes, coded.let_go, rewrite, self._note(coded))
 
+    def _sliced(
+        self, graph: JointGraph, slices: Slices, others: Collection[str]
+    ) -> Candidate | str:
+        """One slice of a value in codes, and copies of the others."""
+        inner = [[n.meta["val"].shape[d] for d in order_of(n.meta["val"])] for n in slices.coded]
+        groups = [group_size(sizes, self.group) for sizes in inner]
+        group = min((n for n in groups if n is not None), default=0)
+        if None in groups:
+            return _NO_GROUPS
+        reader = flows_into_another({u.reader for uses in slices.coded.values() for u in uses})
+        if reader is not None:
+            return f"its noise would multiply with itself in {target_name(reader)}"
+        salt = 0 if self.rounding == "stochastic" else None
+        grid = Grid(self._bits(graph, slices.value), group, (), salt=salt)
+
+        def rewrite(graph: JointGraph, site: fx.Node) -> None:
+            found = slices_of(graph, site, others)
+            assert found is not None
+            found.rewrite(graph, grid)
+
+        value, note = slices.value, f"{grid.bits} bits for a slice, copies of the other slices"
+        return Candidate(value, value, slices.bytes(grid), slices.let_go, rewrite, note)
+
+    def _bits(self, graph: JointGraph, value: fx.Node) -> int:
+        chosen = None if self.widths is None else self.widths.of(graph, value)
+        return chosen or self.bits
+
     def _grid(self, graph: JointGraph, value: fx.Node) -> Grid | None:
         val = value.meta["val"]
         order = memory_order(val)
@@ -168,8 +202,7 @@ class Compress(PayingPass):
         zeros = any(u.role is Role.SIGN for u in uses_of(graph, value))
         block = 0 if zeros else self._side(val)
         salt = 0 if self.rounding == "stochastic" else None
-        chosen = None if self.widths is None else self.widths.of(graph, value)
-        return Grid(chosen or self.bits, group, order, zeros, block, salt)
+        return Grid(self._bits(graph, value), group, order, zeros, block, salt)
 
     def _side(self, val: torch.Tensor) -> int:
         """The side of the blocks of a spatial map; smaller ones for smaller maps."""
@@ -184,6 +217,7 @@ class Compress(PayingPass):
 
     def _note(self, coded: CodedValue) -> str:
         kind = "norm's input, in two copies" if coded.norms else "value"
+        kind = "softmax's output, in two copies" if coded.softmaxes else kind
         kind = "ReLU output, its mask exact" if coded.grid.zeros else kind
         error = relative_error(
             coded.grid.bits, coded.grid.group, stochastic=self.rounding == "stochastic"

@@ -56,6 +56,30 @@ class Attention(nn.Module):
         return out
 
 
+class Softmax(Attention):
+    """Attention written out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).view(2, 8, 2, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        out: torch.Tensor = self.o(y.transpose(1, 2).reshape(2, 8, 16))
+        return out
+
+
+class Fused(nn.Module):
+    """Queries, keys and values as one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(2, 8, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        y = functional.scaled_dot_product_attention(q, k, v)
+        out: torch.Tensor = self.o(y.transpose(1, 2).reshape(2, 8, 16))
+        return out
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -76,6 +100,8 @@ CASES: dict[str, tuple[nn.Module, torch.Tensor, int]] = {
     "relu": (nn.Sequential(Perceptron(torch.relu), Perceptron(torch.relu)), tokens(), 3),
     "gated": (nn.Sequential(Gated(), Gated()), tokens(), 9),
     "attention": (nn.Sequential(Attention(), Attention()), tokens(), 5),
+    "softmax": (nn.Sequential(Softmax(), Softmax()), tokens(), 10),
+    "fused": (nn.Sequential(Fused(), Fused()), tokens(), 5),
     "images": (Residual(), torch.randn(2, 3, 16, 16), 3),
 }
 SMALL = "min_numel=1,group=32"
@@ -127,7 +153,7 @@ def gradient(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {n: v for n, (kind, v) in found.items() if kind == "gradient" and v is not None}
 
 
-@pytest.mark.parametrize("name", ["relu", "gated", "attention", "images"])
+@pytest.mark.parametrize("name", ["relu", "gated", "attention", "softmax", "fused", "images"])
 def test_the_gradient_is_affine_in_every_coded_copy(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
