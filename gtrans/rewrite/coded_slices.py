@@ -85,7 +85,8 @@ def slices_of(joint: JointGraph, value: fx.Node, others: Collection[str] = ()) -
 
 def order_of(x: torch.Tensor) -> tuple[int, ...]:
     """The dimensions from the outermost to the innermost, of a tensor that may have gaps."""
-    return tuple(sorted(range(x.dim()), key=lambda d: (-int(x.stride(d)), d)))
+    strides = x.stride()
+    return tuple(sorted(range(x.dim()), key=lambda d: (-int(strides[d]), d)))
 
 
 def _packed(order: tuple[int, ...], x: torch.Tensor) -> torch.Tensor:
