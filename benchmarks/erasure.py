@@ -68,7 +68,7 @@ MORE = (
             *("convformer_s18", "nfnet_l0"),
         )
     ),
-    _timm("vgg11_bn", num_features=256),
+    _timm("vgg11_bn", mlp_ratio=0.05),
     _timm("inception_v3", 96),
     _timm("gmlp_s16_224", img_size=64),
     _timm("resmlp_12_224", img_size=64),

@@ -4,9 +4,12 @@ Indices go in the order of their scores, a class never loses its last `multiple_
 that are left are multiples of it (classes that are smaller stay whole).
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
 
+import numpy as np
 import torch
 
 from gtrans.analysis.axes import Axis
@@ -18,15 +21,24 @@ Selection = dict[str, torch.Tensor]
 """For each class by name, a boolean vector that is true at the indices to erase."""
 
 
-@dataclass(frozen=True)
-class Target:
+class TargetOptions(TypedDict, total=False):
     """What erasure must reach; exactly one is given.
 
     Attributes:
-        sparsity: share of the indices to erase: floor(sparsity · indices) of them.
+        sparsity: share of the indices to erase: floor(sparsity · indices) of them. Of operators,
+            nested ones counted, so many at most.
         params: share of the parameters that may be left.
         flops: share of the floating-point operations that may be left.
     """
+
+    sparsity: float | None
+    params: float | None
+    flops: float | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """`TargetOptions`, checked."""
 
     sparsity: float | None = None
     params: float | None = None
@@ -53,11 +65,34 @@ class Target:
         return Target(flops=1 - (1 - self.flops) * progress)
 
 
-@dataclass(frozen=True)
-class _Chunk:
+class _Chunk(NamedTuple):
+    """So many indices of a class go together; which, its ranking says."""
+
     name: str
-    indices: torch.Tensor
+    size: int
     score: float
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """What goes first.
+
+    Attributes:
+        before: what is erased already.
+        orders: for each class, the numbers of its other indices in the order in which they go.
+        chunks: all classes' chunks in order.
+    """
+
+    before: Mapping[str, torch.Tensor]
+    orders: Mapping[str, torch.Tensor]
+    chunks: Sequence[_Chunk]
+
+    def selection(self, taken: Mapping[str, int]) -> Selection:
+        """What is erased once each class has lost so many more."""
+        result = {name: b.clone() for name, b in self.before.items()}
+        for name, count in taken.items():
+            result[name][self.orders[name][:count]] = True
+        return result
 
 
 def choose(
@@ -90,10 +125,10 @@ def choose(
     before = {
         c.name: (chosen or {}).get(c.name, torch.zeros(c.size, dtype=torch.bool)) for c in classes
     }
-    chunks = _ranked(classes, scores, before, multiple_of, scope)
+    ranking = _ranked(classes, scores, before, multiple_of, scope)
     if target.sparsity is not None:
-        return _by_count(classes, chunks, before, target.sparsity)
-    return _by_measure(structure, classes, chunks, before, target)
+        return _by_count(classes, ranking, target.sparsity)
+    return _by_measure(structure, classes, ranking, target)
 
 
 @dataclass(frozen=True)
@@ -140,23 +175,31 @@ def _ranked(
     before: Mapping[str, torch.Tensor],
     multiple_of: int,
     scope: str,
-) -> list[_Chunk]:
-    per_class = {c.name: _chunks(c, scores[c.name], before[c.name], multiple_of) for c in classes}
+) -> _Ranking:
+    orders: dict[str, torch.Tensor] = {}
+    per_class: dict[str, list[_Chunk]] = {}
+    for c in classes:
+        left = (~before[c.name]).nonzero().flatten()
+        values, order = scores[c.name][left].double().cpu().sort(stable=True)
+        orders[c.name] = left[order]
+        per_class[c.name] = _chunks(c.name, values, multiple_of)
     if scope == "global":
-        return sorted((k for ks in per_class.values() for k in ks), key=lambda k: k.score)
+        chunks = sorted((k for ks in per_class.values() for k in ks), key=lambda k: k.score)
+        return _Ranking(before, orders, chunks)
     pools: dict[object, list[_Chunk]] = {}
     for c in classes:
         pools.setdefault(c.name if scope == "local" else signature(c), []).extend(per_class[c.name])
     sizes = {c.name: c.size for c in classes}
-    order: list[tuple[float, _Chunk]] = []
+    placed: list[tuple[float, _Chunk]] = []
     for pool in pools.values():
         pool.sort(key=lambda k: k.score)
         total, done = sum(sizes[name] for name in {k.name for k in pool}), 0
         for k in pool:
             # By how much of its pool is gone: pools shrink alike.
-            order.append(((done + len(k.indices)) / total, k))
-            done += len(k.indices)
-    return [k for _, k in sorted(order, key=lambda pair: pair[0])]
+            placed.append(((done + k.size) / total, k))
+            done += k.size
+    placed.sort(key=lambda pair: pair[0])
+    return _Ranking(before, orders, [k for _, k in placed])
 
 
 def signature(cls: ErasableClass) -> object:
@@ -165,72 +208,61 @@ def signature(cls: ErasableClass) -> object:
     return (cls.size, cls.parameters, tuple(members))
 
 
-def _chunks(
-    cls: ErasableClass, scores: torch.Tensor, before: torch.Tensor, multiple_of: int
-) -> list[_Chunk]:
-    """What may go, in the order in which it goes; scores never fall along the way."""
-    left = (~before).nonzero().flatten()
-    order = left[torch.argsort(scores[left], stable=True)].cpu()
-    made: list[_Chunk] = []
-    position, remaining, highest = 0, len(order), -float("inf")
-    while remaining > multiple_of:
-        step = remaining % multiple_of or multiple_of
-        indices = order[position : position + step]
-        highest = max(highest, float(scores[indices].mean()))
-        made.append(_Chunk(cls.name, indices, highest))
-        position, remaining = position + step, remaining - step
-    return made
+def _chunks(name: str, values: torch.Tensor, multiple_of: int) -> list[_Chunk]:
+    """What may go of a class with these scores, in rising order; scores never fall along it."""
+    count = len(values)
+    if count <= multiple_of:
+        return []
+    # The first makes what is left a multiple; a last one stays.
+    starts = np.arange(count % multiple_of or multiple_of, count, multiple_of)
+    starts = np.concatenate(([0], starts))
+    sizes = np.diff(starts)
+    means = np.add.reduceat(values.numpy(), starts)[:-1] / sizes
+    highest = np.maximum.accumulate(means)
+    return [_Chunk(name, *k) for k in zip(sizes.tolist(), highest.tolist(), strict=True)]
 
 
-def _by_count(
-    classes: Sequence[ErasableClass],
-    chunks: list[_Chunk],
-    before: Mapping[str, torch.Tensor],
-    sparsity: float,
-) -> Selection:
+def _by_count(classes: Sequence[ErasableClass], ranking: _Ranking, sparsity: float) -> Selection:
     total = sum(c.size for c in classes)
-    done = sum(int(b.sum()) for b in before.values())
+    done = sum(int(b.sum()) for b in ranking.before.values())
     # 0.29 · 100 is 28.999999999999996: a target is not missed by a rounding error.
     goal = int(sparsity * total + 1e-9)
-    reachable = done + sum(len(k.indices) for k in chunks)
+    reachable = done + sum(k.size for k in ranking.chunks)
     if goal > reachable:
         raise PlanError(
             f"sparsity {sparsity:g} asks for {goal} of {total} indices, but only {reachable} can "
             f"go; the largest reachable sparsity is {floored(reachable / total)} (every class "
             "keeps an index, or `multiple_of` of them)"
         )
-    result = {name: b.clone() for name, b in before.items()}
+    taken: Counter[str] = Counter()
     blocked: set[str] = set()
-    for k in chunks:
-        if k.name in blocked or done + len(k.indices) > goal:
+    for k in ranking.chunks:
+        if k.name in blocked or done + k.size > goal:
             blocked.add(k.name)
             continue
-        result[k.name][k.indices] = True
-        done += len(k.indices)
-    return result
+        taken[k.name] += k.size
+        done += k.size
+    return ranking.selection(taken)
 
 
 def _by_measure(
-    structure: Structure,
-    classes: Sequence[ErasableClass],
-    chunks: list[_Chunk],
-    before: Mapping[str, torch.Tensor],
-    target: Target,
+    structure: Structure, classes: Sequence[ErasableClass], ranking: _Ranking, target: Target
 ) -> Selection:
     name = "params" if target.params is not None else "flops"
     share = target.params if target.params is not None else target.flops
     assert share is not None
     measure = structure.parameters if name == "params" else structure.flops
-    whole = measure({})
+    whole, chunks = measure({}), ranking.chunks
 
-    def with_first(count: int) -> Selection:
-        result = {n: b.clone() for n, b in before.items()}
+    def first(count: int) -> Counter[str]:
+        taken: Counter[str] = Counter()
         for k in chunks[:count]:
-            result[k.name][k.indices] = True
-        return result
+            taken[k.name] += k.size
+        return taken
 
     def left(count: int) -> int:
-        return measure(kept(classes, with_first(count)))
+        taken = first(count)
+        return measure({c.atom: len(ranking.orders[c.name]) - taken[c.name] for c in classes})
 
     if left(len(chunks)) > share * whole:
         smallest = left(len(chunks)) / max(1, whole)
@@ -245,7 +277,7 @@ def _by_measure(
             high = middle
         else:
             low = middle + 1
-    return with_first(low)
+    return ranking.selection(first(low))
 
 
 def floored(share: float) -> str:

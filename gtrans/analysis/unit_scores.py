@@ -13,12 +13,12 @@ With x_g the producer slices of an index, v_g their gradients and n_g how many e
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from gtrans.analysis.erasable import ErasableClass
+from gtrans.analysis.slice_sums import Term, slice_sums
 from gtrans.errors import ModelError
 
 Scores = dict[str, torch.Tensor]
@@ -27,48 +27,73 @@ Scores = dict[str, torch.Tensor]
 Tensors = Mapping[str, nn.Parameter]
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Sums over the producer slices of every index of one class, as float64 vectors."""
+_TERMS: dict[str, Term] = {
+    "square": lambda x, v: x * x,
+    "dot": lambda x, v: x * v,
+    "gradient": lambda x, v: v * v,
+    "fisher": lambda x, v: (x * v).square(),
+}
 
-    square: torch.Tensor
-    dot: torch.Tensor
-    gradient: torch.Tensor
-    fisher: torch.Tensor
-    count: torch.Tensor
+
+class Moments:
+    """Sums over the producer slices of every index of one class.
+
+    Args:
+        cls: the class.
+        tensors: parameters by path.
+        terms: which sums are made, of "square" (of x), "dot" (x · v), "gradient" (v · v) and
+            "fisher" (x² · v²); the others cannot be read.
+
+    Attributes:
+        count: how many elements each index has, float64 [size].
+    """
+
+    def __init__(
+        self, cls: ErasableClass, tensors: Tensors, terms: Sequence[str] = tuple(_TERMS)
+    ) -> None:
+        total = torch.zeros(len(terms), cls.size, dtype=torch.float64)
+        self.count = torch.zeros(cls.size, dtype=torch.float64)
+        seen: set[tuple[int, int, bytes]] = set()
+        for member in cls.producers:
+            x = torch.atleast_1d(tensors[member.name].detach())
+            key = (x.data_ptr(), member.dim, member.labels.numpy().tobytes())
+            if key in seen:
+                continue  # a tied parameter counts once
+            seen.add(key)
+            hit = member.labels >= 0
+            where = member.labels[hit]
+            sums = _member_sums(x, tensors[member.name].grad, member.dim, terms)
+            total.index_add_(1, where, sums.cpu()[:, hit])
+            each = x.numel() // max(1, x.shape[member.dim])
+            self.count.index_add_(0, where, torch.full(where.shape, each, dtype=torch.float64))
+        self._sums = dict(zip(terms, total, strict=True))
+
+    def __getitem__(self, term: str) -> torch.Tensor:
+        """A sum for every index, float64 [size]."""
+        return self._sums[term]
 
     @property
     def norm(self) -> torch.Tensor:
         """2-norm of each index' slices."""
-        return self.square.sqrt()
+        return self["square"].sqrt()
 
     @property
     def cosine(self) -> torch.Tensor:
         """Cosine between slices and their gradients; 0 where one of them is zero."""
-        length = self.norm * self.gradient.sqrt()
-        return torch.where(length > 0, self.dot / length.clamp(min=1e-300), 0.0)
+        length: torch.Tensor = self.norm * self["gradient"].sqrt()
+        return torch.where(length > 0, self["dot"] / length.clamp(min=1e-300), 0.0)
 
 
-def moments(cls: ErasableClass, tensors: Tensors) -> Moments:
-    """The sums that all scores are made of."""
-    total = torch.zeros(5, cls.size, dtype=torch.float64)
-    seen: set[tuple[int, int, bytes]] = set()
-    for member in cls.producers:
-        x = torch.atleast_1d(tensors[member.name].detach())
-        key = (x.data_ptr(), member.dim, member.labels.numpy().tobytes())
-        if key in seen:
-            continue  # a tied parameter counts once
-        seen.add(key)
-        v = tensors[member.name].grad
-        v = torch.zeros_like(x) if v is None else torch.atleast_1d(v.detach().to_dense())
-        others = [d for d in range(x.ndim) if d != member.dim]
-        ones = torch.ones_like(x)
-        parts = [x * x, x * v, v * v, x * x * v * v, ones]
-        sums = [p.sum(others) if others else p for p in parts]
-        hit = member.labels >= 0
-        stacked = torch.stack(sums).double().cpu()[:, hit]
-        total.index_add_(1, member.labels[hit], stacked)
-    return Moments(*total)
+def _member_sums(
+    x: torch.Tensor, gradient: torch.Tensor | None, dim: int, terms: Sequence[str]
+) -> torch.Tensor:
+    """Sums of one parameter for each index of a dimension; a missing gradient is zero."""
+    total = torch.zeros(len(terms), x.shape[dim], dtype=torch.float64, device=x.device)
+    v = x if gradient is None else torch.atleast_1d(gradient.detach().to_dense())
+    made = [i for i, term in enumerate(terms) if gradient is not None or term == "square"]
+    wanted = [_TERMS[terms[i]] for i in made]
+    total[made] = slice_sums(wanted, dim, x, lambda piece: (x[piece], v[piece]))
+    return total
 
 
 def score(classes: Sequence[ErasableClass], tensors: Tensors, method: str, seed: int = 0) -> Scores:
@@ -87,7 +112,7 @@ def score(classes: Sequence[ErasableClass], tensors: Tensors, method: str, seed:
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
         return {c.name: torch.rand(c.size, generator=generator) for c in classes}
-    found = {c.name: moments(c, tensors) for c in classes}
+    found = {c.name: Moments(c, tensors, _NEEDED[method]) for c in classes}
     if method in _PER_CLASS:
         return {
             name: (value := _PER_CLASS[method](m)) / value.mean().clamp(min=1e-300)
@@ -100,7 +125,7 @@ def _across(
     found: Mapping[str, Moments],
     criteria: Sequence[tuple[float, Callable[[Moments], torch.Tensor]]],
 ) -> Scores:
-    result = {name: torch.zeros_like(m.square) for name, m in found.items()}
+    result = {name: torch.zeros_like(m.count) for name, m in found.items()}
     for weight, criterion in criteria:
         values = {name: criterion(m) for name, m in found.items()}
         length = torch.cat(list(values.values())).norm().clamp(min=1e-300)
@@ -110,18 +135,18 @@ def _across(
 
 
 _PER_CLASS: dict[str, Callable[[Moments], torch.Tensor]] = {
-    "magnitude": lambda m: m.square / m.count,
-    "isomorphic": lambda m: m.square / m.count,
-    "taylor": lambda m: m.dot.abs(),
-    "hessian": lambda m: m.fisher,
+    "magnitude": lambda m: m["square"] / m.count,
+    "isomorphic": lambda m: m["square"] / m.count,
+    "taylor": lambda m: m["dot"].abs(),
+    "hessian": lambda m: m["fisher"],
 }
 _ACROSS: dict[str, list[tuple[float, Callable[[Moments], torch.Tensor]]]] = {
     "hesso": [
         (0.2, lambda m: m.norm),
         (0.2, lambda m: m.norm / m.count),
         (0.2, lambda m: m.cosine + 1),
-        (0.2, lambda m: m.dot.abs()),
-        (0.2, lambda m: m.dot.square() / 2),
+        (0.2, lambda m: m["dot"].abs()),
+        (0.2, lambda m: m["dot"].square() / 2),
     ],
     "dhspg": [
         (-0.5, lambda m: m.cosine),
@@ -129,5 +154,12 @@ _ACROSS: dict[str, list[tuple[float, Callable[[Moments], torch.Tensor]]]] = {
     ],
 }
 _ACROSS["hesso-cric"] = _ACROSS["hesso"]
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "magnitude": ("square",),
+    "isomorphic": ("square",),
+    "taylor": ("dot",),
+    "hessian": ("fisher",),
+    **dict.fromkeys(_ACROSS, ("square", "dot", "gradient")),
+}
 METHODS = (*_PER_CLASS, *_ACROSS, "random")
 NEEDS_GRADIENT = frozenset({"taylor", "hessian", *_ACROSS})

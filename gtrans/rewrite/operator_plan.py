@@ -2,19 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import fx, nn
 
 from gtrans.analysis.erasable import Structure
-from gtrans.analysis.erase_choice import Selection, Target
+from gtrans.analysis.erase_choice import Selection, Target, TargetOptions
 from gtrans.analysis.segments import Segment, Segments, pick_segments
 from gtrans.analysis.unit_scores import METHODS, score
 from gtrans.errors import ModelError, OptionError, PlanError, did_you_mean
 from gtrans.rewrite.erase_operators import erase_segments
 from gtrans.rewrite.erase_optimizer import cut_optimizer
 from gtrans.rewrite.plan_model import parameters_of, with_tensors_of
-from gtrans.runtime.sparsifier import Schedule, Sparsifier
+from gtrans.runtime.sparsifier import Sparsifier, SparsifierOptions
 
 
 @dataclass
@@ -52,20 +53,16 @@ class OperatorPlan:
     def select(
         self,
         *,
-        sparsity: float | None = None,
-        params: float | None = None,
-        flops: float | None = None,
         method: str = "magnitude",
         seed: int = 0,
+        **target: Unpack[TargetOptions],
     ) -> list[Segment]:
         """The operators to erase for a target, by their scores on the model as it is.
 
         Args:
-            sparsity: share of the operators to erase, nested ones counted; not exceeded.
-            params: share of the parameters that may be left.
-            flops: share of the operations that may be left.
             method: how operators are scored: see `gtrans.analysis.unit_scores`.
             seed: of the method "random".
+            target: `sparsity`, `params` or `flops`, see `TargetOptions`.
 
         Raises:
             OptionError: not one target, or an unknown method.
@@ -75,9 +72,8 @@ class OperatorPlan:
         if method not in METHODS:
             raise OptionError(f"unknown method {method!r}{did_you_mean(method, METHODS)}")
         self._require_some()
-        target = Target(sparsity, params, flops)
         found = score([self._segments.as_class()], self._tensors(), method, seed)
-        return pick_segments(self._segments, found["operators"], target)
+        return pick_segments(self._segments, found["operators"], Target(**target))
 
     def zeros(self) -> list[Segment]:
         """The operators all of whose parameters are zero now, without those inside others."""
@@ -98,48 +94,21 @@ class OperatorPlan:
         self,
         optimizer: torch.optim.Optimizer,
         *,
-        sparsity: float | None = None,
-        params: float | None = None,
-        flops: float | None = None,
         method: str = "h2spg",
-        start: int = 0,
-        steps: int = 1000,
-        periods: int = 10,
-        pull: float = 1e-3,
-        half_space: float = 0.0,
+        **options: Unpack[SparsifierOptions],
     ) -> Sparsifier:
-        """Trains operators to zero; it follows the optimizer's steps by itself.
+        """Trains operators to zero; like `PrunePlan.sparsifier`, for whole operators.
 
         Args:
             optimizer: any torch optimizer that holds the model's parameters.
-            sparsity: share of the operators to erase, nested ones counted; not exceeded.
-            params: share of the parameters that may be left.
-            flops: share of the operations that may be left.
             method: "h2spg" pulls whole operators to the origin; the methods of
                 `PrunePlan.sparsifier` let them decay.
-            start: optimizer steps before anything happens.
-            steps: optimizer steps until the target is reached.
-            periods: rounds of choosing and decaying.
-            pull: λ of H2SPG.
-            half_space: ε of H2SPG.
-
-        Raises:
-            OptionError: an option is out of range.
-            PlanError: nothing can be erased, or the target cannot be reached.
-            ModelError: the optimizer holds the parameters of another model.
+            options: a target and a schedule, see `SparsifierOptions`.
         """
         self._require_some()
-        return Sparsifier(
-            _OperatorChoice(self._segments),
-            [self._segments.as_class()],
-            self._tensors(),
-            optimizer,
-            Target(sparsity, params, flops),
-            "dhspg" if method == "h2spg" else method,
-            Schedule(start, steps, periods),
-            pull,
-            half_space,
-        )
+        choice, classes = _OperatorChoice(self._segments), [self._segments.as_class()]
+        method = "dhspg" if method == "h2spg" else method
+        return Sparsifier.of(choice, classes, self._tensors(), optimizer, method, options)
 
     def erase(self, chosen: Sequence[Segment] | None = None) -> fx.GraphModule:
         """The model without operators, for the captured input shapes; the original stays.

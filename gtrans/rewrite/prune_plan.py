@@ -8,13 +8,21 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import nn
 
 from gtrans.analysis.erasable import ErasableClass, Frozen, Structure
-from gtrans.analysis.erase_choice import IndexChoice, Selection, Target, as_masks, choose, kept
+from gtrans.analysis.erase_choice import (
+    IndexChoice,
+    Selection,
+    Target,
+    TargetOptions,
+    as_masks,
+    choose,
+    kept,
+)
 from gtrans.analysis.erase_formulas import Formulas, formulas
 from gtrans.analysis.unit_scores import METHODS, score
 from gtrans.errors import OptionError, PlanError, did_you_mean
@@ -25,7 +33,7 @@ from gtrans.rewrite.erase_optimizer import cut_optimizer
 from gtrans.rewrite.fit_attributes import Inexpressible
 from gtrans.rewrite.operator_plan import OperatorPlan
 from gtrans.rewrite.plan_model import parameters_of, with_tensors_of
-from gtrans.runtime.sparsifier import Schedule, Sparsifier
+from gtrans.runtime.sparsifier import Sparsifier, SparsifierOptions
 
 log = logging.getLogger("gtrans")
 
@@ -132,27 +140,23 @@ class PrunePlan:
     def select(
         self,
         *,
-        sparsity: float | None = None,
-        params: float | None = None,
-        flops: float | None = None,
         method: str = "magnitude",
         scope: Literal["global", "local", "isomorphic"] = "global",
         multiple_of: int = 1,
         contract: Literal["exact", "approximate"] = "exact",
         seed: int = 0,
+        **target: Unpack[TargetOptions],
     ) -> Selection:
         """The indices to erase for a target, by their scores on the model as it is.
 
         Args:
-            sparsity: share of all indices to erase.
-            params: share of the parameters that may be left.
-            flops: share of the operations that may be left.
             method: how indices are scored: see `gtrans.analysis.unit_scores`.
             scope: "global" compares all indices; "local" takes the same share of every class, so
                 that equal layers stay equal; "isomorphic" compares equal classes only.
             multiple_of: sizes that are left are multiples of this.
             contract: which classes may be touched.
             seed: of the method "random".
+            target: `sparsity`, `params` or `flops`, see `TargetOptions`.
 
         Raises:
             OptionError: not one target, or an unknown method.
@@ -165,8 +169,8 @@ class PrunePlan:
         scores = score(classes, self._tensors(self.model), method, seed)
         if method == "isomorphic":
             scope = "isomorphic"
-        target = Target(sparsity, params, flops)
-        return choose(self.structure, classes, scores, target, multiple_of=multiple_of, scope=scope)
+        goal = Target(**target)
+        return choose(self.structure, classes, scores, goal, multiple_of=multiple_of, scope=scope)
 
     def zeros(self, model: nn.Module | None = None) -> Selection:
         """The indices of exact classes whose producer slices are zero now."""
@@ -188,34 +192,20 @@ class PrunePlan:
         self,
         optimizer: torch.optim.Optimizer,
         *,
-        sparsity: float | None = None,
-        params: float | None = None,
-        flops: float | None = None,
         method: str = "hesso",
-        start: int = 0,
-        steps: int = 1000,
-        periods: int = 10,
         multiple_of: int = 1,
         contract: Literal["exact", "approximate"] = "exact",
-        pull: float = 1e-3,
-        half_space: float = 0.0,
+        **options: Unpack[SparsifierOptions],
     ) -> Sparsifier:
         """Zeroes slices while the model trains; it follows the optimizer's steps by itself.
 
         Args:
             optimizer: any torch optimizer that holds the model's parameters.
-            sparsity: share of all indices to zero.
-            params: share of the parameters that may be left.
-            flops: share of the operations that may be left.
             method: "hesso" (the default), "hesso-cric", "dhspg", or a scoring method with the
                 schedule of "hesso".
-            start: optimizer steps before anything happens; a tenth of training is a good value.
-            steps: optimizer steps until the target is reached.
-            periods: rounds of choosing and decaying.
             multiple_of: sizes that are left are multiples of this.
             contract: which classes may be touched.
-            pull: λ of DHSPG.
-            half_space: ε of DHSPG.
+            options: a target and a schedule, see `SparsifierOptions`.
 
         Raises:
             OptionError: an option is out of range.
@@ -224,17 +214,9 @@ class PrunePlan:
         """
         classes = self._admitted(contract)
         scope = "isomorphic" if method == "isomorphic" else "global"
-        return Sparsifier(
-            IndexChoice(self.structure, classes, multiple_of, scope),
-            classes,
-            self._tensors(self.model),
-            optimizer,
-            Target(sparsity, params, flops),
-            method,
-            Schedule(start, steps, periods),
-            pull,
-            half_space,
-        )
+        choice = IndexChoice(self.structure, classes, multiple_of, scope)
+        tensors = self._tensors(self.model)
+        return Sparsifier.of(choice, classes, tensors, optimizer, method, options)
 
     # ------------------------------------------------------------------ erasing
 

@@ -10,8 +10,10 @@ Source: arXiv:2409.09085. Left out: the term of the loss after probing whole lay
 loss at every step.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +23,8 @@ from gtrans.analysis.unit_scores import Scores
 
 SAMPLES = 4
 """How often the scores are sampled in a cycle."""
+
+_STATE = ("done", "decaying", "_total", "_samples", "_tried", "_new", "_held", "_at")
 
 
 @dataclass
@@ -73,6 +77,15 @@ class CorrectiveCycles:
         self.decaying = {k: new & ~self._tried[k] for k, new in self._new.items()}
         none_new = not any(bool(v.any()) for v in self.decaying.values())
         self.done = none_new or self._at >= self.most * self.length
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to go on: the parameters as they were before this cycle, too."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in _STATE}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict`."""
+        for name in _STATE:
+            setattr(self, name, copy.deepcopy(state[name]))
 
     # ------------------------------------------------------------------ private
 

@@ -6,13 +6,13 @@
       the product over a period is exactly 0                 project a slice that turns away to 0
     afterwards: keep them 0                                at the end: what is left becomes 0
 
-It runs after `optimizer.step()`, through the optimizer's own hook, so momentum and Adam moments
-cannot revive what is zero. Scores are computed once a period; no step waits for the device.
-HESSO-CRIC spends the first half of its steps on finding out which slices to take (see
-`corrective_cycles`), and the second on their decay.
+It runs around `optimizer.step()`, through the optimizer's own hooks, so momentum and Adam moments
+cannot revive what is zero. Scores are computed once a period; between, HESSO multiplies each
+parameter once. HESSO-CRIC spends the first half of its steps on finding out which slices to take
+(see `corrective_cycles`), and the second on their decay; for DHSPG see `half_space`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,13 +20,32 @@ import torch
 from torch import nn
 
 from gtrans.analysis.erasable import ErasableClass
-from gtrans.analysis.erase_choice import Selection, Target
+from gtrans.analysis.erase_choice import Selection, Target, TargetOptions
 from gtrans.analysis.unit_scores import METHODS, Scores, score
 from gtrans.errors import ModelError, OptionError, did_you_mean
 from gtrans.runtime.corrective_cycles import CorrectiveCycles
+from gtrans.runtime.half_space import PulledClass
 
 CYCLES = 5
 """Cycles of HESSO-CRIC at most."""
+
+
+class SparsifierOptions(TargetOptions, total=False):
+    """What and when to sparsify; one of `sparsity`, `params` and `flops` is given.
+
+    Attributes:
+        start: optimizer steps before anything happens; a tenth of training is a good value.
+        steps: optimizer steps until the target is reached (1000 by default).
+        periods: rounds of choosing and decaying (10 by default).
+        pull: λ of DHSPG, how hard slices are pulled to the origin (1e-3 by default).
+        half_space: ε of DHSPG, from 0, the default, to below 1: larger projects earlier.
+    """
+
+    start: int
+    steps: int
+    periods: int
+    pull: float
+    half_space: float
 
 
 @dataclass(frozen=True)
@@ -82,8 +101,8 @@ class Sparsifier:
         target: what to reach.
         method: how indices are scored, and how they go ("dhspg", else linear decay).
         schedule: when.
-        pull: λ of DHSPG, how hard slices are pulled to the origin.
-        half_space: ε of DHSPG, from 0 to below 1: larger projects earlier.
+        pull: λ of DHSPG.
+        half_space: ε of DHSPG.
     """
 
     choice: Choice
@@ -98,6 +117,34 @@ class Sparsifier:
     taken: int = field(default=0, init=False)
     zeroed: Selection = field(init=False)
     active: Selection = field(init=False)
+
+    @classmethod
+    def of(
+        cls,
+        choice: Choice,
+        classes: Sequence[ErasableClass],
+        tensors: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        method: str,
+        options: Mapping[str, Any],
+    ) -> "Sparsifier":
+        """A sparsifier with `SparsifierOptions`.
+
+        Raises:
+            OptionError: an option is unknown or out of range.
+            PlanError: the target cannot be reached.
+            ModelError: the optimizer holds the parameters of another model.
+        """
+        parts = {
+            part: {k: options[k] for k in part.__annotations__ if k in options}
+            for part in (Target, Schedule, cls)
+        }
+        known = SparsifierOptions.__annotations__
+        for name in options:
+            if name not in known:
+                raise OptionError(f"unknown option {name!r}{did_you_mean(name, known)}")
+        target, schedule = Target(**parts[Target]), Schedule(**parts[Schedule])
+        return cls(choice, classes, tensors, optimizer, target, method, schedule, **parts[cls])
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -120,13 +167,16 @@ class Sparsifier:
         none = {c.name: torch.zeros(c.size, dtype=torch.bool) for c in self.classes}
         self.zeroed, self.active = none, {k: v.clone() for k, v in none.items()}
         self._factors: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
-        self._pulled: list[_Pulled] = []
+        self._pulled: list[PulledClass] = []
         self._cycles: CorrectiveCycles | None = None
-        self._decay_from = -1
+        self._decided = False
         # An impossible target is an error now, not after a day of training.
         zero = {c.name: torch.arange(c.size, dtype=torch.float64) for c in self.classes}
         self.choice.choose(zero, self.target, none)
-        self._handle = self.optimizer.register_step_post_hook(lambda *_: self.step())
+        self._handles = [
+            self.optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            self.optimizer.register_step_post_hook(lambda *_: self.step()),
+        ]
 
     @property
     def done(self) -> bool:
@@ -145,7 +195,8 @@ class Sparsifier:
 
     def detach(self) -> None:
         """Stops following the optimizer; what is zero is no longer held there."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -154,18 +205,24 @@ class Sparsifier:
         self.taken += 1
         if number < 0:
             return
-        if number < self.schedule.steps:
-            if self.method == "dhspg":
-                self._pull_step(number)
-            elif self.method == "hesso-cric":
-                self._corrected_step(number)
-            else:
-                self._decay_step(number)
-        self._hold()
+        if number >= self.schedule.steps:
+            self._scale(1.0)
+        elif self.method == "dhspg":
+            self._pull_step(number)
+        elif self.method == "hesso-cric":
+            self._corrected_step(number)
+        else:
+            self._decay_step(number)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is needed to go on after a restart."""
-        return {"taken": self.taken, "zeroed": dict(self.zeroed), "active": dict(self.active)}
+        """What is needed to go on after a restart; restore model and optimizer as well."""
+        return {
+            "taken": self.taken,
+            "zeroed": {k: v.clone() for k, v in self.zeroed.items()},
+            "active": {k: v.clone() for k, v in self.active.items()},
+            "decided": self._decided,
+            "cycles": None if self._cycles is None else self._cycles.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a `state_dict` of a sparsifier with the same options.
@@ -176,93 +233,99 @@ class Sparsifier:
         sizes = {name: len(gone) for name, gone in state["zeroed"].items()}
         if sizes != {c.name: c.size for c in self.classes}:
             raise ModelError("this sparsifier state belongs to a plan with other classes")
-        self.taken = state["taken"]
+        self.taken, self._decided = state["taken"], state["decided"]
         self.zeroed = {k: v.clone() for k, v in state["zeroed"].items()}
         self.active = {k: v.clone() for k, v in state["active"].items()}
+        self._cycles = None
+        if state["cycles"] is not None:
+            self._cycles = self._new_cycles()
+            self._cycles.load_state_dict(state["cycles"])
         self._refresh()
 
-    # ------------------------------------------------------------------ private
+    # ------------------------------------------------------------------ decay
 
     def _decay_step(self, number: int) -> None:
         period, t, length = self.schedule.period(number)
         if t == 0:
             self._select((period + 1) / self.schedule.periods)
-            self._refresh()
-        self._decay((length - t - 1) / (length - t))
+        self._scale((length - t - 1) / (length - t))
         if t == length - 1:
             self._commit(self.active)
 
-    def _decay(self, factor: float) -> None:
-        for parameter, keep, active in self._factors:
-            if active is not None:
-                parameter.mul_(keep.sub(active, alpha=1 - factor))
-
     def _corrected_step(self, number: int) -> None:
         """Cycles in the first half, then one decay of what they found."""
-        half = max(1, self.schedule.steps // 2)
-        if self._cycles is None and number < half:
-            self._cycles = CorrectiveCycles(
-                self.tensors,
-                lambda: score(self.classes, self.tensors, "hesso"),
-                lambda scores: self.choice.choose(scores, self.target, self.zeroed),
-                max(1, half // CYCLES),
-                CYCLES,
-            )
+        if self._cycles is None and number < max(1, self.schedule.steps // 2):
+            self._cycles = self._new_cycles()
         cycles = self._cycles
         if cycles is not None and not cycles.done:
             factor = cycles.step()
-            self.active = cycles.decaying
-            self._refresh()
-            self._decay(factor)
+            if self.active is not cycles.decaying:
+                self.active = cycles.decaying
+                self._refresh()
+            self._scale(factor)
             cycles.finish()
             return
-        if self._decay_from < 0:
-            self._decay_from = number
+        if not self._decided:
+            self._decided = True
             scores = score(self.classes, self.tensors, "hesso") if cycles is None else cycles.mean()
             self.active = self.choice.choose(scores, self.target, self.zeroed)
             self._refresh()
         left = self.schedule.steps - number
-        self._decay((left - 1) / left)
+        self._scale((left - 1) / left)
         if left == 1:
             self._commit(self.active)
 
+    def _new_cycles(self) -> CorrectiveCycles:
+        return CorrectiveCycles(
+            self.tensors,
+            lambda: score(self.classes, self.tensors, "hesso"),
+            lambda scores: self.choice.choose(scores, self.target, self.zeroed),
+            max(1, self.schedule.steps // 2 // CYCLES),
+            CYCLES,
+        )
+
+    # ------------------------------------------------------------------ pull
+
+    def _before_step(self) -> None:
+        """What DHSPG pulls is noted before the optimizer moves it."""
+        if self.method != "dhspg" or not 0 < self.taken - self.schedule.start < self.schedule.steps:
+            return
+        moving = {c.name: self.active[c.name] & ~self.zeroed[c.name] for c in self.classes}
+        if all(torch.equal(p.active, moving[p.cls.name]) for p in self._pulled) and self._pulled:
+            for pulled in self._pulled:
+                pulled.note()
+        else:
+            self._pulled = [PulledClass(c, self.tensors, moving[c.name]) for c in self.classes]
+
     def _pull_step(self, number: int) -> None:
+        """One DHSPG step on the active slices: pull, then project."""
         if number == 0:
             self._select(1.0)
-        if not self._pulled:
-            self._pulled = [_Pulled(c, self.tensors) for c in self.classes]
+        turned = False
         for pulled in self._pulled:
-            self._pull_class(pulled)
+            if bool(pulled.active.any()):
+                rate = max(self._rate(m.name) for m in pulled.cls.producers)
+                gone = pulled.pull(max(rate, 1e-30), self.pull, self.half_space)
+                self.zeroed[pulled.cls.name] |= gone
+                turned = turned or bool(gone.any())
+        if turned:
+            self._refresh()
         if number == self.schedule.steps - 1:
             self._commit(self.active)
             self._pulled = []
-        for pulled in self._pulled:
-            pulled.keep(self.active[pulled.cls.name] & ~self.zeroed[pulled.cls.name])
-
-    def _pull_class(self, pulled: "_Pulled") -> None:
-        """One DHSPG step on the active slices of a class: pull, then project."""
-        if not pulled.rows:
-            return
-        name = pulled.cls.name
-        rate = max(self._rate(m.name) for m in pulled.cls.producers)
-        dot, norm, speed, along = pulled.moments(max(rate, 1e-30))
-        strength = pull_strength(dot, norm, speed, self.pull)
-        active = self.active[name] & ~self.zeroed[name]
-        share = torch.where(active, rate * strength / norm, 0.0)
-        inside = along - share * norm * norm >= self.half_space * norm * norm
-        pulled.subtract(share)
-        self.zeroed[name] |= active & ~inside
-        if not bool(inside[active].all()):
-            self._refresh()
+        self._scale(1.0)
 
     def _rate(self, name: str) -> float:
         group = self._groups.get(self.tensors[name])
         return 0.0 if group is None else float(group.get("lr", 1e-3))
 
+    # ------------------------------------------------------------------ both
+
     def _select(self, progress: float) -> None:
         scores = score(self.classes, self.tensors, self.method)
         chosen = self.choice.choose(scores, self.target.at(progress), self.zeroed)
         self.active = {name: gone & ~self.zeroed[name] for name, gone in chosen.items()}
+        self._refresh()
 
     def _commit(self, chosen: Selection) -> None:
         for name, gone in chosen.items():
@@ -290,79 +353,7 @@ class Sparsifier:
             decaying = (decay & keep).to(parameter.device, parameter.dtype).reshape(shape)
             self._factors.append((parameter, kept, decaying if bool(decay.any()) else None))
 
-    def _hold(self) -> None:
-        for parameter, keep, _ in self._factors:
-            parameter.mul_(keep)
-
-
-@dataclass
-class _Pulled:
-    """The active slices of a class, as they were before the optimizer's step."""
-
-    cls: ErasableClass
-    tensors: dict[str, nn.Parameter]
-    rows: list[tuple[nn.Parameter, int, torch.Tensor, torch.Tensor, torch.Tensor]] = field(
-        default_factory=list
-    )
-
-    def keep(self, active: torch.Tensor) -> None:
-        """Notes the slices of the active indices: parameter, dimension, rows, labels, values."""
-        self.rows = []
-        for m in self.cls.producers if bool(active.any()) else ():
-            hit = (m.labels >= 0) & active[m.labels.clamp(min=0)]
-            rows = hit.nonzero().flatten()
-            parameter = self.tensors[m.name].detach()
-            places = rows.to(parameter.device)
-            held = torch.atleast_1d(parameter).index_select(m.dim, places).clone()
-            self.rows.append((self.tensors[m.name], m.dim, places, m.labels[rows], held))
-
-    def moments(self, rate: float) -> tuple[torch.Tensor, ...]:
-        """For every index x·v, ‖x‖, ‖v‖² and x·x', with x before and x' after the step.
-
-        What the optimizer did, whatever it is, is the descent direction v of this step.
-        """
-        sums = torch.zeros(4, self.cls.size, dtype=torch.float64)
-        for parameter, dim, rows, labels, old in self.rows:
-            x = torch.atleast_1d(parameter.detach()).index_select(dim, rows)
-            v = (old - x) / rate
-            others = [d for d in range(x.ndim) if d != dim]
-            parts = [p.sum(others) if others else p for p in (old * v, old * old, v * v, x * old)]
-            sums.index_add_(1, labels, torch.stack(parts).double().cpu())
-        dot, square, speed, along = sums
-        return dot, square.sqrt().clamp(min=1e-12), speed, along
-
-    def subtract(self, share: torch.Tensor) -> None:
-        """Takes a share of what they were from the slices."""
-        for parameter, dim, rows, labels, old in self.rows:
-            shape = [-1 if d == dim else 1 for d in range(old.ndim)]
-            step = old * share[labels].to(old.device, old.dtype).reshape(shape)
-            torch.atleast_1d(parameter.detach()).index_add_(dim, rows, step, alpha=-1)
-
-
-def pull_strength(
-    dot: torch.Tensor,
-    norm: torch.Tensor,
-    speed: torch.Tensor,
-    base: float,
-    amplify: float = 2.0,
-    limit: float = 10.0,
-) -> torch.Tensor:
-    """λ of DHSPG for each index: `base`, or more where the plain step would grow the norm.
-
-    The step is -(v + λ x/‖x‖). For x · v < 0 it shrinks ‖x‖ above λ_min = -x·v/‖x‖ and stays a
-    descent direction below λ_max = -‖v‖²‖x‖/(x·v).
-
-    Args:
-        dot: x · v.
-        norm: ‖x‖.
-        speed: ‖v‖².
-        base: λ where the plain step shrinks the norm by itself.
-        amplify: how far above λ_min to go.
-        limit: never more than this times `base`, unless λ_max demands the middle.
-    """
-    growing = dot < 0
-    safe = torch.where(growing, dot, -1.0)
-    lowest, highest = -safe / norm, -speed * norm / safe
-    wanted = (amplify * lowest).clamp(min=base, max=base * limit)
-    wanted = torch.where(wanted >= highest, (lowest + highest) / 2, wanted)
-    return torch.where(growing, wanted, base)
+    def _scale(self, factor: float) -> None:
+        """Multiplies active slices with a factor and zeroed ones with 0; leaves the others."""
+        for parameter, keep, active in self._factors:
+            parameter.mul_(keep if active is None else keep.sub(active, alpha=1 - factor))

@@ -1,5 +1,6 @@
 """The sparsifier reaches its target exactly, holds zeros, and training goes on afterwards."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gtrans
-from gtrans.analysis.unit_scores import METHODS, moments, score
+from gtrans.analysis.unit_scores import METHODS, Moments, score
 from gtrans.errors import ModelError, OptionError, PlanError
-from gtrans.runtime.sparsifier import Schedule, pull_strength
+from gtrans.runtime.half_space import pull_strength
+from gtrans.runtime.sparsifier import Schedule
 
 
 def _model() -> nn.Sequential:
@@ -109,20 +111,37 @@ def test_it_works_under_a_compiled_step() -> None:
     assert sparsifier.sparsity == 0.25
 
 
-def test_it_resumes() -> None:
+@pytest.mark.parametrize("method", ["hesso", "hesso-cric", "dhspg"])
+@pytest.mark.parametrize("stop", [3, 7, 12])
+def test_it_resumes_as_if_nothing_had_happened(method: str, stop: int) -> None:
+    def begin() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        model = _model()
+        plan = gtrans.prune(model, X)
+        opt = OPTIMIZERS["adamw"](model.parameters())
+        made = plan.sparsifier(opt, sparsity=0.5, method=method, start=1, steps=14, periods=2)
+        return model, opt, made
+
     torch.manual_seed(0)
+    model, opt, sparsifier = begin()
+    _train(model, opt, stop)
+    kept = copy.deepcopy([model.state_dict(), opt.state_dict(), sparsifier.state_dict()])
+    live = sparsifier.state_dict()
+    _train(model, opt, 17 - stop)
+    twin, twin_opt, resumed = begin()
+    twin.load_state_dict(kept[0])
+    twin_opt.load_state_dict(kept[1])
+    resumed.load_state_dict(live)  # what was read before must not change under the training
+    _train(twin, twin_opt, 17 - stop)
+    assert resumed.done
+    assert resumed.sparsity == 0.5
+    for name, value in model.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], value), name
+
+
+def test_the_state_of_another_plan_is_refused() -> None:
     model = _model()
     plan = gtrans.prune(model, X)
-    opt = OPTIMIZERS["adamw"](model.parameters())
-    first = plan.sparsifier(opt, sparsity=0.5, steps=8, periods=2)
-    _train(model, opt, 5)
-    state = first.state_dict()
-    first.detach()
-    second = plan.sparsifier(opt, sparsity=0.5, steps=8, periods=2)
-    second.load_state_dict(state)
-    _train(model, opt, 3)
-    assert second.done
-    assert second.sparsity == 0.5
+    state = plan.sparsifier(OPTIMIZERS["adamw"](model.parameters()), sparsity=0.5).state_dict()
     other = gtrans.prune(
         nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), X[:, :3].float()
     )
@@ -143,6 +162,9 @@ def test_errors_come_before_training() -> None:
         plan.sparsifier(opt, sparsity=0.5, steps=4, periods=9)
     with pytest.raises(OptionError, match="start must be at least 0"):
         plan.sparsifier(opt, sparsity=0.5, start=-1)
+    mistyped: dict[str, Any] = {"sparsty": 0.5}
+    with pytest.raises(OptionError, match="unknown option 'sparsty'; did you mean 'sparsity'"):
+        plan.sparsifier(opt, **mistyped)
     with pytest.raises(OptionError, match="half_space must lie in"):
         plan.sparsifier(opt, sparsity=0.5, half_space=1.0)
     stranger = OPTIMIZERS["sgd"](_model().parameters())
@@ -197,10 +219,10 @@ def test_scores_follow_their_formulas_and_ignore_the_order_of_units() -> None:
     assert first.bias.grad is not None
     rows = torch.cat([first.weight, first.bias[:, None]], 1).detach()
     grads = torch.cat([first.weight.grad, first.bias.grad[:, None]], 1)
-    found = moments(c, tensors)
-    torch.testing.assert_close(found.square, rows.square().sum(1))
-    torch.testing.assert_close(found.dot, (rows * grads).sum(1))
-    torch.testing.assert_close(found.fisher, (rows * grads).square().sum(1))
+    found = Moments(c, tensors)
+    torch.testing.assert_close(found["square"], rows.square().sum(1))
+    torch.testing.assert_close(found["dot"], (rows * grads).sum(1))
+    torch.testing.assert_close(found["fisher"], (rows * grads).square().sum(1))
     assert found.count.tolist() == [4.0] * 4
     for method in METHODS:
         if method == "random":
