@@ -66,7 +66,7 @@ class Moments:
             total.index_add_(1, where, sums.cpu()[:, hit])
             each = x.numel() // max(1, x.shape[member.dim])
             self.count.index_add_(0, where, torch.full(where.shape, each, dtype=torch.float64))
-        self._sums = dict(zip(terms, total, strict=True))
+        self._sums: dict[str, torch.Tensor] = dict(zip(terms, total, strict=True))
 
     def __getitem__(self, term: str) -> torch.Tensor:
         """A sum for every index, float64 [size]."""
@@ -80,7 +80,7 @@ class Moments:
     @property
     def cosine(self) -> torch.Tensor:
         """Cosine between slices and their gradients; 0 where one of them is zero."""
-        length: torch.Tensor = self.norm * self["gradient"].sqrt()
+        length = self.norm * self["gradient"].sqrt()
         return torch.where(length > 0, self["dot"] / length.clamp(min=1e-300), 0.0)
 
 

@@ -346,15 +346,18 @@ def _cat(a: AxisAnalysis, node: fx.Node, b: dict[str, Any], state: dict[fx.Node,
     rank = len(a.axes(node))
     dim = b["dim"] % rank
     stacked = rank != len(a.axes(parts[0]))
-    found = set()
+    found: set[tuple[int, Axis]] = set()
     for d in range(rank):
         if stacked and d == dim:
             continue
         own = d - 1 if stacked and d > dim else d
-        for atom in set(atoms(a.axes(node)[d])):
-            holders = [t for t in parts if atom in atoms(a.axes(t)[own])]
-            if all((own, atom) in state.get(t, NONE) for t in holders):
-                found.add((d, atom))
+        alive = {
+            atom
+            for t in parts
+            for atom in atoms(a.axes(t)[own])
+            if (own, atom) not in state.get(t, NONE)
+        }
+        found |= {(d, atom) for atom in atoms(a.axes(node)[d]) if atom not in alive}
     return frozenset(found)
 
 

@@ -31,6 +31,7 @@ from gtrans.rewrite.erase_graph import GraphErasure, cut
 from gtrans.rewrite.erase_modules import ModuleErasure
 from gtrans.rewrite.erase_optimizer import cut_optimizer
 from gtrans.rewrite.fit_attributes import Inexpressible
+from gtrans.rewrite.fit_config import fit_config
 from gtrans.rewrite.operator_plan import OperatorPlan
 from gtrans.rewrite.plan_model import parameters_of, with_tensors_of
 from gtrans.runtime.sparsifier import Sparsifier, SparsifierOptions
@@ -266,6 +267,23 @@ class PrunePlan:
                 error,
             )
             return module
+
+    def config_for(self, erased: nn.Module) -> Any:
+        """The model's config with the sizes of an erased model of the same class.
+
+        With it as the erased model's `config`, what `save_pretrained` writes can be read by
+        `from_pretrained`. The config of the model itself stays as it is.
+
+        Raises:
+            PlanError: no setting of the config describes the erased model.
+        """
+        try:
+            return fit_config(self.model, erased, self.args, self.kwargs)
+        except Inexpressible as error:
+            raise PlanError(
+                f"the config of {type(self.model).__name__} cannot describe the erased model: "
+                f"{error}"
+            ) from error
 
     def erase_optimizer(
         self,

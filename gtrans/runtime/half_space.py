@@ -1,11 +1,12 @@
 """Pulls slices to the origin while a model trains, and projects those that turn away: DHSPG.
 
     x the slice before the optimizer's step, -r v the step, with r its learning rate
-    x <- x - r v - r λ x / ‖x‖            λ chosen so that ‖x‖ shrinks and the step still descends
+    x <- (1 - s) (x - r v), s = r λ/‖x‖   λ chosen so that ‖x‖ shrinks and the step still descends
     x <- 0 where it no longer points to where it came from: x_new · x < ε ‖x‖²
 
-v is what the optimizer did, whatever it is, so momentum and Adam count as they are.
-Source: arXiv:2303.06862.
+v is what the optimizer did, whatever it is, so momentum and Adam count as they are. To see it costs
+a copy of the slices and some passes over them, so s is looked at every few steps and kept between.
+Source: arXiv:2303.06862, where the pull is s x and s is computed at every step.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from gtrans.analysis.erasable import ErasableClass
-from gtrans.analysis.slice_sums import Term, pieces, slice_sums
+from gtrans.analysis.slice_sums import Term, slice_sums
 
 TERMS: tuple[Term, ...] = (
     lambda old, moved: old * old,
@@ -53,7 +54,7 @@ def pull_strength(
 
 
 class PulledClass:
-    """The slices of a class that are on their way to the origin.
+    """The slices of a class that are on their way to the origin, as they are before a step.
 
     Args:
         cls: the class.
@@ -70,21 +71,25 @@ class PulledClass:
             for m in (cls.producers if bool(active.any()) else ())
         ]
 
-    def pull(self, rate: float, base: float, half_space: float) -> torch.Tensor:
-        """Pulls after an optimizer's step; returns which indices turn away and are to be zero."""
+    def look(
+        self, rate: float, base: float, half_space: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Looks after the step at what it did.
+
+        Args:
+            rate: the learning rate.
+            base: λ where the plain step shrinks the norm by itself.
+            half_space: ε.
+
+        Returns:
+            s for each index, float64 [size], 0 for what is not pulled; and which turn away.
+        """
         square, along, speed = self._sums()
         norm = square.sqrt().clamp(min=1e-12)
         strength = pull_strength(-along / rate, norm, speed / rate**2, base)
-        share = torch.where(self.active, rate * strength / norm, 0.0)
-        for held in self._held:
-            held.subtract(share)
-        inside = (1 - share) * square + along >= half_space * norm * norm
-        return self.active & ~inside
-
-    def note(self) -> None:
-        """Notes the slices as they are now, before the next step."""
-        for held in self._held:
-            held.note()
+        share = torch.where(self.active, rate * strength / norm, 0.0).clamp(max=1.0)
+        inside = (1 - share) * (square + along) >= half_space * norm * norm
+        return share, self.active & ~(inside & (share < 1))
 
     def _sums(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For each index x · x, x · d and d · d, with d what the step has added to x."""
@@ -112,39 +117,20 @@ class _Held:
         hit = (labels >= 0) & active[labels.clamp(min=0)]
         self.parameter, self.dim = parameter, dim
         self.rows: torch.Tensor | None = None
+        self.labels = torch.where(hit, labels, -1)
         if dim == 0:
-            self.rows = hit.nonzero().flatten().to(parameter.device)
-        self.labels = labels[hit] if dim == 0 else torch.where(hit, labels, -1)
-        whole = slice(0, len(self.rows) if self.rows is not None else len(parameter))
-        self.old = self._at(whole).clone()
+            self.rows, self.labels = hit.nonzero().flatten().to(parameter.device), labels[hit]
+            self.old = parameter.index_select(0, self.rows)
+        else:
+            self.old = parameter.clone()
 
     def sums(self) -> torch.Tensor:
         """The terms of `PulledClass._sums` for each of `labels`."""
 
         def read(piece: slice) -> tuple[torch.Tensor, torch.Tensor]:
             old = self.old[piece]
-            return old, self._at(piece) - old
+            if self.rows is None:
+                return old, self.parameter[piece] - old
+            return old, self.parameter.index_select(0, self.rows[piece]) - old
 
         return slice_sums(TERMS, self.dim, self.old, read)
-
-    def subtract(self, share: torch.Tensor) -> None:
-        """Takes a share of what they were from the slices."""
-        shape = [-1 if d == self.dim else 1 for d in range(self.old.ndim)]
-        factor = torch.where(self.labels >= 0, share[self.labels.clamp(min=0)], 0.0)
-        factor = factor.to(self.old.device, self.old.dtype).reshape(shape)
-        for piece in pieces(self.old):
-            step = self.old[piece] * (factor[piece] if self.dim == 0 else factor)
-            if self.rows is None:
-                self.parameter[piece].sub_(step)
-            else:
-                self.parameter.index_add_(0, self.rows[piece], step, alpha=-1)
-
-    def note(self) -> None:
-        """Notes the slices as they are now."""
-        for piece in pieces(self.old):
-            self.old[piece] = self._at(piece)
-
-    def _at(self, piece: slice) -> torch.Tensor:
-        if self.rows is None:
-            return self.parameter[piece]
-        return self.parameter.index_select(0, self.rows[piece])

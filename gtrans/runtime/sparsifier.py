@@ -28,6 +28,8 @@ from gtrans.runtime.half_space import PulledClass
 
 CYCLES = 5
 """Cycles of HESSO-CRIC at most."""
+LOOK = 4
+"""Every so many steps DHSPG looks at what the optimizer does."""
 
 
 class SparsifierOptions(TargetOptions, total=False):
@@ -168,6 +170,7 @@ class Sparsifier:
         self.zeroed, self.active = none, {k: v.clone() for k, v in none.items()}
         self._factors: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         self._pulled: list[PulledClass] = []
+        self._shares: dict[str, torch.Tensor] = {}
         self._cycles: CorrectiveCycles | None = None
         self._decided = False
         # An impossible target is an error now, not after a day of training.
@@ -220,6 +223,7 @@ class Sparsifier:
             "taken": self.taken,
             "zeroed": {k: v.clone() for k, v in self.zeroed.items()},
             "active": {k: v.clone() for k, v in self.active.items()},
+            "shares": dict(self._shares),
             "decided": self._decided,
             "cycles": None if self._cycles is None else self._cycles.state_dict(),
         }
@@ -236,7 +240,7 @@ class Sparsifier:
         self.taken, self._decided = state["taken"], state["decided"]
         self.zeroed = {k: v.clone() for k, v in state["zeroed"].items()}
         self.active = {k: v.clone() for k, v in state["active"].items()}
-        self._cycles = None
+        self._shares, self._cycles = dict(state["shares"]), None
         if state["cycles"] is not None:
             self._cycles = self._new_cycles()
             self._cycles.load_state_dict(state["cycles"])
@@ -287,33 +291,34 @@ class Sparsifier:
     # ------------------------------------------------------------------ pull
 
     def _before_step(self) -> None:
-        """What DHSPG pulls is noted before the optimizer moves it."""
-        if self.method != "dhspg" or not 0 < self.taken - self.schedule.start < self.schedule.steps:
-            return
-        moving = {c.name: self.active[c.name] & ~self.zeroed[c.name] for c in self.classes}
-        if all(torch.equal(p.active, moving[p.cls.name]) for p in self._pulled) and self._pulled:
-            for pulled in self._pulled:
-                pulled.note()
-        else:
+        """Notes what is pulled before the optimizer moves it, if this step is looked at."""
+        number = self.taken - self.schedule.start
+        if self.method == "dhspg" and 0 < number < self.schedule.steps and number % LOOK == 1:
+            moving = {name: a & ~self.zeroed[name] for name, a in self.active.items()}
             self._pulled = [PulledClass(c, self.tensors, moving[c.name]) for c in self.classes]
 
     def _pull_step(self, number: int) -> None:
-        """One DHSPG step on the active slices: pull, then project."""
+        """One DHSPG step on the active slices: pull, and project where it was looked at."""
         if number == 0:
             self._select(1.0)
-        turned = False
-        for pulled in self._pulled:
-            if bool(pulled.active.any()):
-                rate = max(self._rate(m.name) for m in pulled.cls.producers)
-                gone = pulled.pull(max(rate, 1e-30), self.pull, self.half_space)
-                self.zeroed[pulled.cls.name] |= gone
-                turned = turned or bool(gone.any())
-        if turned:
-            self._refresh()
+            self._pull_by({name: torch.zeros(len(a)) for name, a in self.active.items()})
+        if self._pulled:
+            shares = {}
+            for pulled in self._pulled:
+                name = pulled.cls.name
+                rate = max((self._rate(m.name) for m in pulled.cls.producers), default=0.0)
+                shares[name], turned = pulled.look(max(rate, 1e-30), self.pull, self.half_space)
+                self.zeroed[name] |= turned
+            self._pulled = []
+            self._pull_by(shares)
+        self._scale(0.0)
         if number == self.schedule.steps - 1:
             self._commit(self.active)
-            self._pulled = []
-        self._scale(1.0)
+            self._scale(0.0)
+
+    def _pull_by(self, shares: dict[str, torch.Tensor]) -> None:
+        self._shares = shares
+        self._refresh()
 
     def _rate(self, name: str) -> float:
         group = self._groups.get(self.tensors[name])
@@ -334,24 +339,28 @@ class Sparsifier:
         self._refresh()
 
     def _refresh(self) -> None:
-        """Recomputes what parameters are multiplied with: a vector for each of their dimensions."""
+        """Recomputes what parameters are multiplied with: vectors for each of their dimensions.
+
+        One is 0 for what is zero and else 1; the other says how much of a slice is on its way.
+        """
         found: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         for c in self.classes:
             gone, active = self.zeroed[c.name], self.active[c.name]
             if not bool((gone | active).any()):
                 continue
+            going = active * self._shares.get(c.name, torch.ones(()))
             for m in c.producers:
                 hit, place = m.labels >= 0, m.labels.clamp(min=0)
-                keep, decay = ~(hit & gone[place]), hit & active[place]
-                before = found.get((m.name, m.dim), (torch.tensor(True), torch.tensor(False)))
-                found[m.name, m.dim] = (before[0] & keep, before[1] | decay)
+                keep, stays = ~(hit & gone[place]), 1.0 - hit * going[place]
+                before = found.get((m.name, m.dim), (torch.tensor(True), torch.ones(())))
+                found[m.name, m.dim] = (before[0] & keep, before[1] * stays)
         self._factors = []
-        for (name, dim), (keep, decay) in found.items():
+        for (name, dim), (keep, stays) in found.items():
             parameter = self.tensors[name]
             shape = [-1 if d == dim else 1 for d in range(parameter.ndim)]
             kept = keep.to(parameter.device, parameter.dtype).reshape(shape)
-            decaying = (decay & keep).to(parameter.device, parameter.dtype).reshape(shape)
-            self._factors.append((parameter, kept, decaying if bool(decay.any()) else None))
+            moving = ((1 - stays) * keep).to(parameter.device, parameter.dtype).reshape(shape)
+            self._factors.append((parameter, kept, moving if bool(moving.any()) else None))
 
     def _scale(self, factor: float) -> None:
         """Multiplies active slices with a factor and zeroed ones with 0; leaves the others."""
