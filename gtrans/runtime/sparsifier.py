@@ -28,7 +28,7 @@ from gtrans.runtime.half_space import PulledClass
 
 CYCLES = 5
 """Cycles of HESSO-CRIC at most."""
-LOOK = 4
+LOOK = 8
 """Every so many steps DHSPG looks at what the optimizer does."""
 
 
