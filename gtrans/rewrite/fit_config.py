@@ -71,103 +71,121 @@ def fit_config(
                 f"{path or 'the model'} is a {type(module).__name__}, which the class does not "
                 "build; norm='restart' gives stock norms"
             )
-    wanted = {name: tuple(t.shape) for name, t in smaller.state_dict().items()}
-    search = _Search(type(model), config, wanted, _changes(model, smaller))
-    found = search.run()
-    twin = type(model)(copy.deepcopy(found))
-    twin.load_state_dict(smaller.state_dict())
-    twin.to(next(smaller.parameters()).dtype).train(smaller.training)
-    a, b = (_outputs(m, args, kwargs) for m in (smaller, twin))
-    for i, (x, y) in enumerate(zip(a, b, strict=True)):
-        if x.shape != y.shape or not torch.allclose(x, y, rtol=1e-3, atol=1e-5):
-            raise Inexpressible(f"a model built from the config gives another output {i}")
-    return found
+    search = _Search(type(model), config, model, smaller)
+    for found in search.solutions(()):
+        if _same(type(model)(copy.deepcopy(found)), smaller, args, kwargs):
+            return found
+    raise Inexpressible(search.problem)
+
+
+_Move = tuple[Setting, int]
 
 
 class _Search:
     """Changes settings one by one, or two at a time, as long as more shapes fit."""
 
     def __init__(
-        self,
-        cls: type[nn.Module],
-        config: Any,
-        wanted: dict[str, tuple[int, ...]],
-        changes: dict[int | None, list[int]],
+        self, cls: type[nn.Module], config: Any, model: nn.Module, smaller: nn.Module
     ) -> None:
-        self.cls, self.wanted, self.config = cls, wanted, copy.deepcopy(config)
+        self.cls, self.config = cls, config
+        self.wanted = {name: tuple(t.shape) for name, t in smaller.state_dict().items()}
         self.left = TRIALS
+        self.problem = ""
+        self._fewest = len(self.wanted) + 1
+        self._seen: set[frozenset[_Move]] = set()
+        changes = _changes(model, smaller)
         self.moves = [
             (setting, value)
-            for setting in _settings(self.config, ())
-            for value in changes.get(setting.value, ())
+            for setting in _settings(config, ())
+            for value in _candidates(setting.value, changes)
         ]
 
-    def run(self) -> Any:
-        """The config that fits.
-
-        Raises:
-            Inexpressible: there is none.
-        """
-        wrong = self._misfits(())
-        while wrong:
-            better = self._better(len(wrong))
-            if better is None:
-                name = wrong[0]
-                raise Inexpressible(
-                    f"no setting of {type(self.config).__name__} gives {name} the shape "
-                    f"{self.wanted.get(name, '(none)')}; equal sizes in all layers "
-                    "(scope='local') help"
-                )
-            moves, wrong = better
-            for setting, value in moves:
-                setting.set(self.config, value)
-            self.moves = [m for m in self.moves if all(m[0] != setting for setting, _ in moves)]
-        return self.config
-
-    def _better(self, most: int) -> tuple[Sequence[tuple[Setting, int]], list[str]] | None:
+    def solutions(self, done: tuple[_Move, ...]) -> Iterator[Any]:
+        """Configs whose models have the shapes that are wanted, the likeliest first."""
+        wrong = self._misfits(done)
+        if wrong is None:
+            return
+        if not wrong:
+            self.problem = "the sizes fit, but models built from it give other results"
+            yield self._config(done)
+            return
+        self._note(wrong)
         for count in (1, 2):
-            tried = [
-                (moves, wrong)
-                for moves in itertools.combinations(self.moves, count)
-                if (wrong := self._misfits(moves)) is not None and len(wrong) < most
-            ]
-            if tried:
-                return min(tried, key=lambda pair: len(pair[1]))
-        return None
+            free = [m for m in self.moves if all(m[0] != setting for setting, _ in done)]
+            better: list[tuple[int, tuple[_Move, ...]]] = []
+            for moves in itertools.combinations(free, count):
+                left = self._misfits((*done, *moves))
+                if left is not None and len(left) < len(wrong):
+                    better.append((len(left), moves))
+            for _, moves in sorted(better, key=lambda pair: pair[0]):
+                after = (*done, *moves)
+                if frozenset(after) not in self._seen:
+                    self._seen.add(frozenset(after))
+                    yield from self.solutions(after)
+            if better:
+                return
 
-    def _misfits(self, moves: Sequence[tuple[Setting, int]]) -> Any:
-        """Names of the tensors that do not fit; None if nothing can be built."""
+    def _note(self, wrong: list[str]) -> None:
+        if len(wrong) < self._fewest:
+            self._fewest = len(wrong)
+            self.problem = (
+                f"no setting of {type(self.config).__name__} gives {wrong[0]} the shape "
+                f"{self.wanted.get(wrong[0], '(none)')}; equal sizes in all layers "
+                "(scope='local') help"
+            )
+
+    def _config(self, moves: Sequence[_Move]) -> Any:
+        config = copy.deepcopy(self.config)
+        for setting, value in moves:
+            setting.set(config, value)
+        return config
+
+    def _misfits(self, moves: Sequence[_Move]) -> list[str] | None:
+        """Names of the tensors that do not fit; None if nothing can be built, or no more tried."""
         self.left -= 1
         if self.left < 0:
             return None
-        config = copy.deepcopy(self.config)
         try:
-            for setting, value in moves:
-                setting.set(config, value)
             with torch.device("meta"):
-                built = {n: tuple(t.shape) for n, t in self.cls(config).state_dict().items()}
+                built = self.cls(self._config(moves)).state_dict()
         except Exception:  # sizes that the class refuses, in whatever way it does
             return None
-        names = {**self.wanted, **built}
-        return [n for n in names if built.get(n) != self.wanted.get(n)]
+        shapes = {name: tuple(t.shape) for name, t in built.items()}
+        return [n for n in {**self.wanted, **shapes} if shapes.get(n) != self.wanted.get(n)]
 
 
-def _changes(model: nn.Module, smaller: nn.Module) -> dict[int | None, list[int]]:
-    """For each old size the new ones; for None, a setting that was left open, all new ones."""
-    found: dict[int | None, dict[int, None]] = {}
+def _same(twin: nn.Module, smaller: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    twin.load_state_dict(smaller.state_dict())
+    like = next(smaller.parameters())
+    twin.to(like.device, like.dtype).train(smaller.training)
+    a, b = (_outputs(m, args, kwargs) for m in (smaller, twin))
+    return len(a) == len(b) and all(
+        x.shape == y.shape and torch.allclose(x, y, rtol=1e-3, atol=1e-5)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _changes(model: nn.Module, smaller: nn.Module) -> list[tuple[int, int]]:
+    """Old and new sizes of parameters, and values of integer attributes, that differ."""
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
     pairs = [
-        (old, new)
+        pair
         for name, tensor in smaller.state_dict().items()
-        for old, new in zip(model.state_dict()[name].shape, tensor.shape, strict=True)
+        for pair in zip(shapes.get(name, tensor.shape), tensor.shape, strict=True)
     ]
     before = {(a.path, a.name, a.index): a.value for a in find_attributes(model)}
     after = {(a.path, a.name, a.index): a.value for a in find_attributes(smaller)}
     pairs += [(value, after[key]) for key, value in before.items() if key in after]
-    for old, new in pairs:
-        if old != new:
-            found.setdefault(old, {})[new] = None
-            found.setdefault(None, {})[new] = None
-    return {old: list(new) for old, new in found.items()}
+    return list(dict.fromkeys((old, new) for old, new in pairs if old != new))
+
+
+def _candidates(value: int | None, changes: Sequence[tuple[int, int]]) -> list[int]:
+    """What a setting may have become: what its value has, then what a factor of a size has."""
+    if value is None:
+        return list(dict.fromkeys(new for _, new in changes))
+    same = [new for old, new in changes if old == value]
+    shrunk = [value * new // old for old, new in changes if value * new % old == 0]
+    return list(dict.fromkeys(v for v in (*same, *shrunk) if v > 0 and v != value))
 
 
 def _settings(config: Any, place: tuple[str | int, ...]) -> Iterator[Setting]:
