@@ -46,20 +46,19 @@ def captured_call(
         return args, {**kwargs, "use_cache": False}
 
     def only_plain(_: nn.Module, _inputs: Any, output: Any) -> Any:
-        found, spec = pytree.tree_flatten_with_path(output)
-        left_out[:] = [
-            f"{pytree.keystr(path).strip('.') or 'the result'} ({type(value).__name__})"
-            for path, value in found
-            if not isinstance(value, _PLAIN)
-        ]
-        if left_out and not any(isinstance(value, torch.Tensor) for _, value in found):
-            raise CaptureError(
-                f"the forward of {type(model).__name__} returns no tensor, but {left_out[0]}; "
-                "return tensors, tuples or dicts of them, or register the class with "
-                "torch.export.register_dataclass"
-            )
-        kept = [value if isinstance(value, _PLAIN) else None for _, value in found]
-        return pytree.tree_unflatten(kept, spec) if left_out else output
+        found, spec = pytree.tree_flatten(output)
+        if all(isinstance(value, _PLAIN) for value in found):
+            return output
+        if not torch.compiler.is_dynamo_compiling():  # it takes no notes while it traces
+            left_out[:] = _named(output)
+            if not any(isinstance(value, torch.Tensor) for value in found):
+                raise CaptureError(
+                    f"the forward of {type(model).__name__} returns no tensor, but {left_out[0]}; "
+                    "return tensors, tuples or dicts of them, or register the class with "
+                    "torch.export.register_dataclass"
+                )
+        kept = [value if isinstance(value, _PLAIN) else None for value in found]
+        return pytree.tree_unflatten(kept, spec)
 
     handles = [model.register_forward_hook(only_plain)]
     if _takes_cache(model, args, kwargs):
@@ -69,6 +68,14 @@ def captured_call(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _named(output: Any) -> list[str]:
+    return [
+        f"{pytree.keystr(path).strip('.') or 'the result'} ({type(value).__name__})"
+        for path, value in pytree.tree_leaves_with_path(output)
+        if not isinstance(value, _PLAIN)
+    ]
 
 
 def _takes_cache(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:

@@ -60,6 +60,20 @@ def test_a_cache_that_was_asked_for_by_position_stays() -> None:
     assert plan.exact == []
 
 
+def test_layers_that_only_dynamo_captures_may_return_a_cache_too() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.GRU(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> dict[str, Any]:
+            y, state = self.layer(x)
+            return {"y": self.head(y), "state": Cache(state)}
+
+    plan = gtrans.prune(Recurrent(), X[None])
+    assert [c.size for c in plan.exact] == [6]
+
+
 def test_a_forward_without_any_tensor_says_what_to_do() -> None:
     @dataclass
     class Result:
