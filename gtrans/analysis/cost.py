@@ -1,6 +1,11 @@
 """What a node costs: bytes moved, floating-point operations, and seconds by the roofline.
 
-    seconds(node) = max(flops / device.flops_per_s, bytes / device.bytes_per_s) + device.launch_s
+    seconds(node) = slower(node) * max(flops / device.flops_per_s, bytes / device.bytes_per_s)
+                    + device.launch_s
+
+where slower(node) says how far kernels of its kind stay below the roofline of plain products and
+copies: convolutions of few channels, attention, and reads and writes at computed places (pooling,
+indexing).
 
 Every count is one formula over sizes, so it gives a number for traced sizes and a sympy expression
 of the dynamic dimensions alike:
@@ -16,10 +21,12 @@ Source: the usual counts (as torch.utils.flop_counter); roofline: Williams et al
 
 import hashlib
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
+from itertools import cycle
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,6 +44,9 @@ from gtrans.memory import Budget
 
 aten = torch.ops.aten
 
+# How long each kernel is tried for the calibration, and what more than the roofline is believed.
+_PATIENCE_S, _SLOWEST = 0.08, 16.0
+
 Count = Any
 """An int, or a sympy expression."""
 Size = Callable[[Any], Count]
@@ -53,6 +63,9 @@ class Device:
         half_flops_per_s: of 16-bit products, dense.
         launch_s: fixed cost of one kernel.
         memory_bytes: how much it has; 0 if unknown.
+        channels: convolutions of fewer channels fall short of the roofline in proportion.
+        attention: how many times slower than the roofline attention kernels are.
+        scattered: the same of operators that read or write at computed places.
     """
 
     name: str
@@ -61,14 +74,19 @@ class Device:
     half_flops_per_s: float
     launch_s: float = 4e-6
     memory_bytes: int = 0
+    channels: float = 1.0
+    attention: float = 1.0
+    scattered: float = 1.0
 
+
+_FIELDS = tuple(f.name for f in fields(Device))
 
 # Vendors' data sheets (dense products, no sparsity); the launch cost is a common figure for torch.
 # "cpu" is one ordinary core; `calibrated_cpu` replaces it by a measurement.
 DEVICES = {
     d.name: d
     for d in (
-        Device("cpu", 4.0e10, 1.0e11, 5.0e10, 3e-6),
+        Device("cpu", 4.0e10, 1.0e11, 5.0e10, 3e-6, 0, 24.0, 2.0, 8.0),
         Device("t4", 3.2e11, 8.1e12, 6.5e13, memory_bytes=16 * 10**9),
         Device("l4", 3.0e11, 3.03e13, 1.21e14, memory_bytes=24 * 10**9),
         Device("rtx4090", 1.008e12, 8.26e13, 1.65e14, memory_bytes=24 * 10**9),
@@ -123,8 +141,8 @@ def calibrated_cpu() -> Device:
     """
     if kept.folder() is None:
         return DEVICES["cpu"]
-    threads = torch.get_num_threads()
-    key = hashlib.sha256(f"{platform.processor()} {_model_name()} {threads}".encode()).hexdigest()
+    parts = (platform.processor(), _model_name(), torch.get_num_threads(), *_FIELDS)
+    key = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
     known = kept.load("devices", key)
     try:
         return Device(**known)
@@ -145,21 +163,49 @@ def _model_name() -> str:
 
 @cache
 def measured_cpu() -> Device:
-    """This machine's CPU, by products and copies that take a tenth of a second together."""
-    a = torch.ones(384, 384)
-    big = torch.ones(1 << 21)
-    product_s = min(_seconds(lambda: a @ a) for _ in range(10))
-    copy_s = min(_seconds(lambda: big.add(1.0)) for _ in range(10))
-    small = torch.ones(1)
-    launch_s = min(_seconds(lambda: small.add(1.0)) for _ in range(100))
-    flops = 2 * 384**3 / product_s
-    return Device("cpu", 2 * big.nbytes / copy_s, flops, flops / 2, launch_s)
+    """This machine's CPU, by typical runs of a kernel of each kind, in half a second."""
+    a, small = torch.ones(384, 384), torch.ones(1)
+    big = cycle([torch.ones(1 << 21) for _ in range(8)])  # more than a cache holds
+    image, window = torch.ones(4, 8, 64, 64), torch.ones(8, 8, 3, 3)
+    heads = torch.ones(4, 4, 128, 32)
+    launch_s = _typical(lambda: small.add(1.0))
+    flops = 2 * a.numel() * len(a) / _typical(lambda: a @ a)
+    bandwidth = 2 * next(big).nbytes / _typical(lambda: next(big).add(1.0))
+
+    def slower(run: Callable[[], object], roofline_s: float) -> float:
+        # More than the limit says that the machine was busy meanwhile.
+        return min(max((_typical(run) - launch_s) / roofline_s, 1.0), _SLOWEST)
+
+    return Device(
+        "cpu",
+        bandwidth,
+        flops,
+        flops / 2,
+        launch_s,
+        channels=len(window)
+        * slower(
+            lambda: torch.conv2d(image, window, padding=1),
+            2 * image.numel() * window[0].numel() / flops,
+        ),
+        attention=slower(
+            lambda: torch.nn.functional.scaled_dot_product_attention(heads, heads, heads),
+            4 * heads.numel() * heads.shape[2] / flops,
+        ),
+        scattered=slower(
+            lambda: aten.max_pool2d_with_indices(image, [2, 2]), 1.75 * image.nbytes / bandwidth
+        ),
+    )
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return max(time.perf_counter() - start, 1e-9)
+def _typical(run: Callable[[], object]) -> float:
+    """Median seconds of many calls: of the fastest, all memory is in a cache."""
+    end = time.perf_counter() + _PATIENCE_S
+    taken = []
+    while not taken or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return max(statistics.median(taken), 1e-9)
 
 
 def node_flops(node: fx.Node) -> int:
@@ -192,7 +238,17 @@ def node_seconds(node: fx.Node, device: Device) -> float:
     if not ops.is_contraction(node):
         flops_per_s = max(device.flops_per_s / 8, 1.0)  # no matrix units
     moved = node_bytes(node) / device.bytes_per_s
-    return max(node_flops(node) / flops_per_s, moved) + device.launch_s
+    roofline = max(node_flops(node) / flops_per_s, moved)
+    return _slower(node, device) * roofline + device.launch_s
+
+
+def _slower(node: fx.Node, device: Device) -> float:
+    if node.target in _SCATTERED:
+        return device.scattered
+    if node.target in _CONVOLUTIONS:
+        weight = _value(node, 1 if node.target is aten.convolution.default else 2)
+        return max(1.0, device.channels / min(hint(size) for size in weight.shape[:2]))
+    return device.attention if node.target in _ATTENTION else 1.0
 
 
 def total_seconds(nodes: Iterable[fx.Node], device: Device) -> float:
@@ -276,29 +332,37 @@ def _attention(first: int, products: int) -> Callable[[fx.Node, Size], Count]:
     return flops
 
 
+_CONVOLUTIONS = {
+    aten.convolution.default: _convolution,
+    aten.convolution_backward.default: _convolution_backward,
+}
+_ATTENTION = {
+    aten._scaled_dot_product_flash_attention.default: _attention(0, 2),
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _attention(0, 2),
+    aten._scaled_dot_product_efficient_attention.default: _attention(0, 2),
+    aten._scaled_dot_product_cudnn_attention.default: _attention(0, 2),
+    aten._scaled_dot_product_flash_attention_backward.default: _attention(1, 5),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention(1, 5),
+    aten._scaled_dot_product_efficient_attention_backward.default: _attention(1, 5),
+    aten._scaled_dot_product_cudnn_attention_backward.default: _attention(1, 5),
+}
 _FORMULAS: dict[Any, Callable[[fx.Node, Size], Count]] = {
     aten.mm.default: _product(0),
     aten.bmm.default: _product(0),
     aten.addmm.default: _product(1),
     aten.baddbmm.default: _product(1),
-    aten.convolution.default: _convolution,
-    aten.convolution_backward.default: _convolution_backward,
-    **{
-        op: _attention(0, 2)
-        for op in (
-            aten._scaled_dot_product_flash_attention.default,
-            aten._scaled_dot_product_flash_attention_for_cpu.default,
-            aten._scaled_dot_product_efficient_attention.default,
-            aten._scaled_dot_product_cudnn_attention.default,
-        )
-    },
-    **{
-        op: _attention(1, 5)
-        for op in (
-            aten._scaled_dot_product_flash_attention_backward.default,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-            aten._scaled_dot_product_efficient_attention_backward.default,
-            aten._scaled_dot_product_cudnn_attention_backward.default,
-        )
-    },
+    **_CONVOLUTIONS,
+    **_ATTENTION,
+}
+_SCATTERED = {
+    aten.max_pool2d_with_indices.default,
+    aten.max_pool2d_with_indices_backward.default,
+    aten.index.Tensor,
+    aten._unsafe_index.Tensor,
+    aten.index_put.default,
+    aten._unsafe_index_put.default,
+    aten.gather.default,
+    aten.scatter.src,
+    aten.scatter.value,
+    aten.scatter_add.default,
 }

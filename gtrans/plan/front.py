@@ -44,7 +44,7 @@ Weight = Callable[[fx.Node], float | None]
 _SEGMENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
 # Prices of a second of recomputation, in saved bytes, relative to (bytes autograd keeps) / (seconds
 # of the forward).
-_PRICES = (0.02, 0.1, 0.3, 1.0, 4.0)
+_PRICES = (0.02, 0.1, 0.3, 0.6, 1.0, 1.6, 2.5, 4.0)
 _INNER_PRICES = (0.001, 0.3)
 # Relative price of what is no product, where products are to be avoided.
 _LEAN = 0.05
@@ -229,8 +229,10 @@ class Front:
             {t.node for t in schedule.again if _is_savable(t.node)},
             key=lambda n: -self._seconds[n] / max(1, tensor_bytes(n.meta["val"])),
         )
-        for node in again[:3]:
-            yield Choice(choice.save | {node}, choice.hold, choice.window)
+        for dearest in again[:1]:
+            like = [n for n in again if _kind(n) == _kind(dearest)]
+            for count in sorted({1, -(-len(like) // 2), len(like)}):
+                yield Choice(choice.save.union(like[:count]), choice.hold, choice.window)
 
     def _try(self, label: str, choice: Choice, boundaries: tuple[int, ...] = ()) -> None:
         if choice in self._tried or (self.left <= 0 and self.candidates):

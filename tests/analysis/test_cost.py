@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import gtrans
@@ -102,6 +103,32 @@ def test_views_cost_nothing_and_rooflines_have_two_sides() -> None:
     assert total_seconds(nodes, slow_memory) == 2 * node_seconds(mm, slow_memory)
 
 
+def test_kinds_of_kernels_are_slower_than_the_roofline_by_their_own_factors() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            mixed = F.scaled_dot_product_attention(y, y, y)
+            return self.head(F.max_pool2d(mixed, 2).mean((2, 3)))
+
+    nodes = _joint(Net(), torch.randn(2, 3, 8, 8)).nodes
+    plain = Device("a", 1e9, 1e9, 1e9, launch_s=0)
+    slower = Device("b", 1e9, 1e9, 1e9, 0, 0, channels=9, attention=5, scattered=7)
+    ratios = {
+        str(n.target): node_seconds(n, slower) / seconds
+        for n in nodes
+        if (seconds := node_seconds(n, plain))
+    }
+    assert ratios["aten.convolution.default"] == 3
+    assert ratios["aten.convolution_backward.default"] == 3
+    assert ratios["aten._scaled_dot_product_flash_attention_for_cpu.default"] == 5
+    assert ratios["aten.max_pool2d_with_indices.default"] == pytest.approx(7)
+    assert ratios["aten.addmm.default"] == 1
+
+
 def test_devices_have_names() -> None:
     assert device_named("h100").bytes_per_s == 3.35e12
     with pytest.raises(OptionError, match="unknown device 'h1000'; did you mean 'h100'"):
@@ -109,3 +136,4 @@ def test_devices_have_names() -> None:
     assert device_of(_joint(nn.Linear(4, 4), torch.randn(2, 4))) is DEVICES["cpu"]
     assert measured_cpu() is measured_cpu()
     assert measured_cpu().flops_per_s > 1e8
+    assert all(1 <= f <= 16 for f in (measured_cpu().scattered, measured_cpu().attention))
