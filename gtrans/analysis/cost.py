@@ -200,7 +200,7 @@ def measured_cpu() -> Device:
 def _typical(run: Callable[[], object]) -> float:
     """Median seconds of many calls: of the fastest, all memory is in a cache."""
     end = time.perf_counter() + _PATIENCE_S
-    taken = []
+    taken: list[float] = []
     while not taken or time.perf_counter() < end:
         start = time.perf_counter()
         run()

@@ -230,9 +230,9 @@ class Front:
             key=lambda n: -self._seconds[n] / max(1, tensor_bytes(n.meta["val"])),
         )
         for dearest in again[:1]:
-            like = [n for n in again if _kind(n) == _kind(dearest)]
-            for count in sorted({1, -(-len(like) // 2), len(like)}):
-                yield Choice(choice.save.union(like[:count]), choice.hold, choice.window)
+            same = [n for n in again if _kind(n) == _kind(dearest)]
+            for count in sorted({1, -(-len(same) // 2), len(same)}):
+                yield Choice(choice.save.union(same[:count]), choice.hold, choice.window)
 
     def _try(self, label: str, choice: Choice, boundaries: tuple[int, ...] = ()) -> None:
         if choice in self._tried or (self.left <= 0 and self.candidates):
