@@ -47,6 +47,13 @@ def networks(quick: bool) -> dict[str, Callable[[], Built]]:
     }  # fmt: skip
 
 
+def wide_llama() -> Built:
+    """A Llama of 6 layers and width 256, batch 8 x 256."""
+    shape: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
+    built = huggingface("llama", **shape, vocab_size=1000, intermediate_size=688)
+    return _text(built, count=8, length=256, vocabulary=1000)
+
+
 def loss_of(output: Any) -> torch.Tensor:
     """The loss that a model returns, or the mean square of its output."""
     found: torch.Tensor = output.loss if hasattr(output, "loss") else output.square().mean()
