@@ -302,7 +302,7 @@ def make_pass(name: str, options: dict[str, str]) -> Pass[Any]:
     """
     cls = load_pass(name)
     hints = typing.get_type_hints(cls)
-    known = {f.name: hints[f.name] for f in fields(cls)}  # type: ignore[arg-type]
+    known = {f.name: hints[f.name] for f in fields(cls)}  # type: ignore[arg-type]  # every pass is a dataclass
     values = {}
     for key, text in options.items():
         field_name = key.replace("-", "_")
@@ -311,7 +311,7 @@ def make_pass(name: str, options: dict[str, str]) -> Pass[Any]:
         values[field_name] = parse_option(text, known[field_name], f"{name}{{{key}}}")
     missing = [
         f.name
-        for f in fields(cls)  # type: ignore[arg-type]
+        for f in fields(cls)  # type: ignore[arg-type]  # as above
         if f.default is MISSING and f.default_factory is MISSING and f.name not in values
     ]
     if missing:

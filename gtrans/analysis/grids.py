@@ -42,7 +42,8 @@ def _bits(node: fx.Node, known: dict[fx.Node, int]) -> int | None:
         whole = node.args[0]
         assert isinstance(whole, fx.Node)
         if whole.target in (SCALE, HALVE):
-            return whole.args[-1] if node.args[1] == 0 else None  # type: ignore[return-value]
+            bits = whole.args[-1]
+            return bits if node.args[1] == 0 and isinstance(bits, int) else None
         return known.get(whole)
     if node.target is aten.round.default and node.meta["val"].dtype is torch.float64:
         return 0

@@ -69,10 +69,10 @@ def is_never_zero(node: fx.Node) -> bool:
     while True:
         if node.target in _POSITIVE:
             return True
-        number = node.args[1] if len(node.args) == 2 else None
-        plain = type(number) in (int, float)
-        rises = node.target is aten.add.Tensor and plain and number >= 0  # type: ignore[operator]
-        grows = node.target is aten.mul.Tensor and plain and number > 0  # type: ignore[operator]
+        given = node.args[1] if len(node.args) == 2 else None
+        number = given if isinstance(given, (int, float)) else -1.0
+        rises = node.target is aten.add.Tensor and number >= 0
+        grows = node.target is aten.mul.Tensor and number > 0
         kept = node.target in (aten._to_copy.default, aten.view.default, aten.clone.default)
         if not (rises or grows or kept) or not isinstance(node.args[0], fx.Node):
             return False

@@ -286,7 +286,7 @@ def _convolution(
 ) -> Zeros:
     x, weight = b["input"], b["weight"]
     channel = len(a.axes(x)) - len(a.axes(weight)) + 1
-    transposed = "transpose" in node.target._opname or b.get("transposed")  # type: ignore[union-attr]
+    transposed = "transpose" in str(node.target) or b.get("transposed")
     row = 1 if transposed else 0
     found = {(channel, atom) for dim, atom in state.get(weight, NONE) if dim == row}
     groups = a.context.edits[node].arguments.get("groups") if node in a.context.edits else None
