@@ -17,11 +17,11 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from gtrans.errors import GraphError
 from gtrans.ir import ops
 from gtrans.ir.source import location
+from gtrans.ir.tracing import traced
 
 
 class Side(Enum):
@@ -321,25 +321,17 @@ class JointGraph:
         Returns:
             The nodes that hold the results.
         """
-        positions = [i for i, a in enumerate(args) if isinstance(a, fx.Node)]
-        inputs = [args[i] for i in positions]
-
-        def of_tensors(*values: torch.Tensor) -> Any:
-            full = list(args)
-            for position, value in zip(positions, values, strict=True):
-                full[position] = value
-            return function(*full)
-
-        with self._fake_mode(inputs) or nullcontext():
-            traced = make_fx(of_tensors)(*[n.meta["val"] for n in inputs])
+        inputs = [a for a in args if isinstance(a, fx.Node)]
+        mode = self._fake_mode(inputs)
+        graph = traced(function, args, [n.meta["val"] for n in inputs], mode)
         made: dict[fx.Node, Any] = dict(
-            zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True)
+            zip(graph.find_nodes(op="placeholder"), inputs, strict=True)
         )
-        for node in traced.graph.nodes:
+        for node in graph.nodes:
             if node.op == "call_function":
                 inner = fx.map_arg((node.args, node.kwargs), lambda n: made[n])
                 made[node] = self.insert_before(anchor, node.target, *inner[0], **inner[1])
-        results: Any = traced.graph.output_node().args[0]
+        results: Any = graph.output_node().args[0]
         return tuple(made[r] for r in (results if isinstance(results, tuple) else (results,)))
 
     def splice_after(

@@ -24,7 +24,6 @@ from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import numel
 from gtrans.rewrite.late import seed_of, splice_late
-from gtrans.runtime.noise import salt_of
 from gtrans.runtime.norm_gradient import (
     NormShape,
     affine,
@@ -138,17 +137,16 @@ def decoded_late(
     Args:
         graph: the graph to edit.
         source: the value.
-        grid: how; a salt in it is replaced by one of this copy.
+        grid: how.
         anchor: the first reader.
         name: of the copy; another name is another draw of the noise.
     """
     val = source.meta["val"]
     sources = [source]
-    if grid.salt is not None:
-        grid = replace(grid, salt=salt_of(name))
-        sources.append(seed_of(graph))
+    if grid.stochastic:
+        sources.append(seed_of(graph, name))
     parts = graph.splice_after(source, partial(encode, grid), *sources)
-    shape = [n if isinstance(n, int) else -1 for n in val.shape]
+    shape = tuple(n if isinstance(n, int) else -1 for n in val.shape)
     (made,) = splice_late(graph, anchor, partial(decode, grid, shape, val.dtype), *parts)
     return made
 
@@ -209,10 +207,10 @@ def coded_value(
 
 def _second_bits(grid: Grid, sums: Sequence[object]) -> int:
     """The bits of a copy that is read through sums over so many terms."""
-    stochastic = grid.salt is not None
     terms = min(n if isinstance(n, int) else 1 for n in sums)
-    bound = _SHARE * relative_error(grid.bits, grid.group, stochastic=stochastic) * sqrt(terms)
-    fits = [b for b in (1, 2, 4) if relative_error(b, grid.group, stochastic=stochastic) <= bound]
+    error = partial(relative_error, group=grid.group, stochastic=grid.stochastic)
+    bound = _SHARE * error(grid.bits) * sqrt(terms)
+    fits = [b for b in (1, 2, 4) if error(b) <= bound]
     return min([*fits, grid.bits])
 
 

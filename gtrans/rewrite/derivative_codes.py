@@ -19,7 +19,7 @@ from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import numel
 from gtrans.rewrite.late import seed_of, splice_late
 from gtrans.runtime.bits import pack_codes, packed_dim, unpack_codes
-from gtrans.runtime.noise import salt_of, uniform
+from gtrans.runtime.noise import uniform
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,10 @@ class DerivativeCodes:
             sources = [x]
             encode = partial(_nearest, table, self.bits, dim)
         else:
-            sources = [x, seed_of(graph)]
-            salt = salt_of(f"{x.name} {dx.name}")
-            encode = partial(_stochastic, activation, table, self.bits, dim, salt)
+            sources = [x, seed_of(graph, f"{x.name} {dx.name}")]
+            encode = partial(_stochastic, activation, table, self.bits, dim)
         packed = graph.splice_after(x, encode, *sources)
-        shape = [] if dim is not None else list(val.shape)
+        shape = () if dim is not None else tuple(val.shape)
         contiguous = gradient.is_contiguous()
         decode = partial(_scale, table, self.bits, dim, shape, contiguous, gradient.dtype)
         (made,) = splice_late(graph, dx, decode, activation.dy, *packed)
@@ -107,12 +106,11 @@ def _stochastic(
     table: Table,
     bits: int,
     dim: int | None,
-    salt: int,
     x: torch.Tensor,
     seed: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     position = (activation.derivative(x.to(_wide(x.dtype))) - table.levels[0]) * (1 / table.step)
-    drawn = (position + uniform(seed, salt, x.shape)).floor()
+    drawn = (position + uniform(seed, x.shape)).floor()
     return pack_codes(drawn.clamp(0, 2**bits - 1), bits, dim)
 
 
@@ -120,7 +118,7 @@ def _scale(
     table: Table,
     bits: int,
     dim: int | None,
-    shape: list[int],
+    shape: tuple[int, ...],
     contiguous: bool,
     dtype: torch.dtype,
     dy: torch.Tensor,

@@ -7,10 +7,13 @@ value' = decode(packed)       backward, right before its reader; never kept
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from gtrans.ir.joint import JointGraph
-from gtrans.runtime.noise import NOISE_SEED
+from gtrans.runtime.noise import NOISE_SEED, salt_of
+
+aten = torch.ops.aten
 
 
 def splice_late(
@@ -34,10 +37,16 @@ def splice_late(
     return made
 
 
-def seed_of(graph: JointGraph) -> fx.Node:
-    """The seed of a step's rounding noise; one for the whole graph, made at its beginning."""
+def seed_of(graph: JointGraph, name: str) -> fx.Node:
+    """The seed of a draw of noise, of the one that is made at the beginning of a step.
+
+    Args:
+        graph: the graph to edit.
+        name: of the draw; another name is another draw.
+    """
     made = graph.calls(NOISE_SEED)
-    return made[0] if made else graph.insert_after(graph.primals[-1], NOISE_SEED, _fresh(graph))
+    step = made[0] if made else graph.insert_after(graph.primals[-1], NOISE_SEED, _fresh(graph))
+    return graph.insert_after(step, aten.bitwise_xor.Scalar, step, salt_of(name))
 
 
 def _fresh(graph: JointGraph) -> list[fx.Node]:

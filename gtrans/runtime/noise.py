@@ -1,7 +1,7 @@
 """Random numbers for rounding that leave torch's generators as they are.
 
     seed = noise_seed(some tensors of the step)      once a step, in the forward
-    u_i  = mix(i, salt; seed)                        one multiply-xor hash per element, fusible
+    u_i  = mix(i; seed ^ salt)                       one multiply-xor hash per element, fusible
 
 A pass that drew from torch's generator would shift every later dropout mask. Here the generator's
 state is read, never advanced, so that `torch.manual_seed` still decides everything; a few elements
@@ -60,12 +60,11 @@ def salt_of(name: str) -> int:
     return _signed(crc32(name.encode()))
 
 
-def uniform(seed: torch.Tensor, salt: int, shape: Sequence[int]) -> torch.Tensor:
+def uniform(seed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Independent numbers in [0, 1), in plain ATen that backends fuse.
 
     Args:
-        seed: what `noise_seed` returned.
-        salt: a different one for every value of a step.
+        seed: what `noise_seed` returned, with a different salt (xor) for every value of a step.
         shape: of the result.
 
     Returns:
@@ -74,7 +73,7 @@ def uniform(seed: torch.Tensor, salt: int, shape: Sequence[int]) -> torch.Tensor
     count = prod(shape)
     wide = isinstance(count, int) and count >= _LARGEST
     index = torch.arange(count, device=seed.device, dtype=torch.int64 if wide else torch.int32)
-    words = index.to(torch.int32).reshape(list(shape)) * _SPREAD + salt
+    words = index.to(torch.int32).reshape(list(shape)) * _SPREAD
     words = mix(words ^ seed[0], seed[1])
     numbers: torch.Tensor = words & (2**_RESOLUTION - 1)
     return numbers.to(torch.float32) * 2.0**-_RESOLUTION

@@ -39,7 +39,7 @@ class Grid:
         order: the dimensions from the outermost to the innermost in memory.
         zeros: code 0 stands for zero, the others for positive numbers.
         block: side of the square blocks whose averages are kept apart; 0 for none.
-        salt: of the noise; None rounds to the nearest code.
+        stochastic: round at random; otherwise to the nearest code.
     """
 
     bits: int
@@ -47,7 +47,7 @@ class Grid:
     order: tuple[int, ...]
     zeros: bool = False
     block: int = 0
-    salt: int | None = None
+    stochastic: bool = False
 
     def bytes(self, numel: float) -> float:
         """What is kept of so many elements."""
@@ -63,7 +63,7 @@ def encode(
     Args:
         grid: how.
         x: [*s], floating, dense in the grid's order of dimensions.
-        seed: what `noise_seed` returned; only for grids with a salt.
+        seed: what `noise_seed` returned; only for stochastic grids.
 
     Returns:
         low [groups, 1] and step [groups, 1], if there are blocks the unit of each map and the
@@ -84,7 +84,7 @@ def encode(
     step = (groups.amax(1, keepdim=True) - low) * (_WIDEN / max(1, largest))
     step = step.clamp_min(_TINIEST_STEP)
     position = (groups - low) / step
-    offset = 0.5 if grid.salt is None else _noise(grid.salt, seed, groups.shape)
+    offset = _noise(seed, groups.shape) if grid.stochastic else 0.5
     codes = (position + offset).floor().clamp(0, largest)
     if grid.zeros:
         codes = torch.where(groups > 0, codes + 1, 0.0)
@@ -150,9 +150,9 @@ def _plain(strides: Sequence[object]) -> bool:
     return all(isinstance(s, int) for s in strides)
 
 
-def _noise(salt: int, seed: torch.Tensor | None, shape: Sequence[int]) -> torch.Tensor:
+def _noise(seed: torch.Tensor | None, shape: Sequence[int]) -> torch.Tensor:
     assert seed is not None
-    return uniform(seed, salt, shape)
+    return uniform(seed, shape)
 
 
 def _smallest_positive(groups: torch.Tensor) -> torch.Tensor:

@@ -176,8 +176,8 @@ class Compress(PayingPass):
         reader = flows_into_another({u.reader for uses in slices.coded.values() for u in uses})
         if reader is not None:
             return f"its noise would multiply with itself in {target_name(reader)}"
-        salt = 0 if self.rounding == "stochastic" else None
-        grid = Grid(self._bits(graph, slices.value), group, (), salt=salt)
+        bits, stochastic = self._bits(graph, slices.value), self.rounding == "stochastic"
+        grid = Grid(bits, group, (), stochastic=stochastic)
 
         def rewrite(graph: JointGraph, site: fx.Node) -> None:
             found = slices_of(graph, site, others)
@@ -201,8 +201,8 @@ class Compress(PayingPass):
             return None
         zeros = any(u.role is Role.SIGN for u in uses_of(graph, value))
         block = 0 if zeros else self._side(val)
-        salt = 0 if self.rounding == "stochastic" else None
-        return Grid(self._bits(graph, value), group, order, zeros, block, salt)
+        stochastic = self.rounding == "stochastic"
+        return Grid(self._bits(graph, value), group, order, zeros, block, stochastic)
 
     def _side(self, val: torch.Tensor) -> int:
         """The side of the blocks of a spatial map; smaller ones for smaller maps."""

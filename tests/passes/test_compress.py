@@ -1,13 +1,13 @@
 """compress keeps codes where the gradient stays unbiased, and says where it would not."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional
 
 import gtrans
@@ -15,9 +15,11 @@ from gtrans.contract import Aligned, Close, Unbiased
 from gtrans.core import Stats
 from gtrans.errors import OptionError
 from gtrans.explanation import Explanation
+from gtrans.ir.joint import JointGraph
 from gtrans.passes.residual.compress import Compress
 from gtrans.pipeline import Pipeline
-from gtrans.rewrite import coded_values
+from gtrans.rewrite import coded_slices, coded_values
+from gtrans.rewrite.late import splice_late
 from gtrans.runtime.quantise import Grid
 from gtrans.testing import check_pass
 from gtrans.verification import training_step
@@ -121,26 +123,30 @@ def stats_of(explanation: Explanation) -> Stats:
 
 
 @contextmanager
-def shifted(monkeypatch: pytest.MonkeyPatch, sign: float, only: int | None) -> Iterator[set[int]]:
-    """Codes that are the value itself plus a fixed error, in one copy or (None) in none."""
-    salts: set[int] = set()
+def shifted(monkeypatch: pytest.MonkeyPatch, sign: float, only: str | None) -> Iterator[set[str]]:
+    """Copies that are the value itself plus a fixed error, in one copy or (None) in none."""
+    names: set[str] = set()
 
-    def encode(grid: Grid, x: torch.Tensor, seed: torch.Tensor | None = None) -> Any:
-        assert grid.salt is not None
-        salts.add(grid.salt)
-        return (x.clone(),)
+    def decoded(
+        graph: JointGraph, source: fx.Node, grid: Grid, anchor: fx.Node, name: str
+    ) -> fx.Node:
+        assert grid.stochastic
+        names.add(name)
 
-    def decode(grid: Grid, shape: Sequence[int], dtype: torch.dtype, x: torch.Tensor) -> Any:
-        if grid.salt != only:
-            return x.clone()
-        error = torch.arange(x.numel(), device=x.device, dtype=dtype).sin().reshape(x.shape)
-        return x + sign * torch.where(x > 0, x, 0.0) if grid.zeros else x + sign * error
+        def moved(x: torch.Tensor) -> torch.Tensor:
+            if name != only:
+                return x.clone()
+            error = torch.arange(x.numel(), device=x.device, dtype=x.dtype).sin().reshape(x.shape)
+            return x + sign * torch.where(x > 0, x, 0.0) if grid.zeros else x + sign * error
+
+        (kept,) = graph.splice_after(source, torch.clone, source)
+        return splice_late(graph, anchor, moved, kept)[0]
 
     with monkeypatch.context() as patch:
-        patch.setattr(coded_values, "encode", encode)
-        patch.setattr(coded_values, "decode", decode)
+        patch.setattr(coded_values, "decoded_late", decoded)
+        patch.setattr(coded_slices, "decoded_late", decoded)
         patch.setattr(Grid, "bytes", lambda self, numel: 1.0)
-        yield salts
+        yield names
 
 
 def gradient(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -160,13 +166,13 @@ def test_the_gradient_is_affine_in_every_coded_copy(
     """With rounding of mean zero (see test_quantise) and copies independent: unbiased."""
     model, x, _ = CASES[name]
     monkeypatch.setattr("gtrans.plan.worth._check", lambda *_: None)
-    with shifted(monkeypatch, 0.0, None) as salts:
+    with shifted(monkeypatch, 0.0, None) as names:
         middle = gradient(model, x)
-    assert salts
-    for salt in sorted(salts)[:4]:
+    assert names
+    for only in sorted(names)[:4]:
         ends = []
         for sign in (-0.5, 0.5):
-            with shifted(monkeypatch, sign, salt):
+            with shifted(monkeypatch, sign, only):
                 ends.append(gradient(model, x))
         moved = 0.0
         for key, exact in middle.items():

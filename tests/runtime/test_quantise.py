@@ -12,7 +12,7 @@ from gtrans.runtime.quantise import Grid, decode, encode, group_size, memory_ord
 def coded(grid: Grid, x: torch.Tensor, seed: int = 0) -> torch.Tensor:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        noise = None if grid.salt is None else noise_seed([torch.zeros(1)])
+        noise = noise_seed([torch.zeros(1)]) if grid.stochastic else None
     return decode(grid, x.shape, x.dtype, *encode(grid, x, noise))
 
 
@@ -28,8 +28,10 @@ def test_the_error_is_at_most_a_step(bits: int, dtype: torch.dtype) -> None:
     x = (3 * torch.randn(6, 64) + 5).to(dtype)
     step = steps(Grid(bits, 32, (0, 1)), x.double())
     slack = 8 * torch.finfo(dtype).eps * float(x.abs().max())
-    for salt, share in ((None, 0.5), (1, 1.0)):
-        error = (coded(Grid(bits, 32, (0, 1), salt=salt), x).double() - x.double()).abs()
+    for stochastic, share in ((False, 0.5), (True, 1.0)):
+        error = (
+            coded(Grid(bits, 32, (0, 1), stochastic=stochastic), x).double() - x.double()
+        ).abs()
         assert bool((error.reshape(-1, 32) <= share * step + slack).all())
 
 
@@ -41,7 +43,7 @@ def test_rounding_is_unbiased_by_quadrature(
     torch.manual_seed(0)
     x = torch.randn(4, 64, dtype=torch.float64)
     x = x.relu() if zeros else x
-    grid, draws = Grid(bits, 64, (0, 1), zeros=zeros, salt=1), 400
+    grid, draws = Grid(bits, 64, (0, 1), zeros=zeros, stochastic=True), 400
     mean = torch.zeros_like(x)
     for i in range(draws):
         monkeypatch.setattr(quantise, "_noise", lambda *_, u=(i + 0.5) / draws: u)
@@ -55,7 +57,7 @@ def test_zeros_and_signs_are_exact() -> None:
     x = torch.randn(8, 64).relu()
     x[3] = 0
     x[4] = 7.0
-    found = coded(Grid(2, 64, (0, 1), zeros=True, salt=1), x)
+    found = coded(Grid(2, 64, (0, 1), zeros=True, stochastic=True), x)
     assert torch.equal(found > 0, x > 0)
     assert torch.equal(found[3:5], x[3:5])
 
@@ -64,7 +66,7 @@ def test_averages_leave_less_to_code() -> None:
     torch.manual_seed(0)
     slow = torch.nn.functional.interpolate(torch.randn(2, 8, 2, 2), scale_factor=8.0)
     x = 10 * slow + 0.1 * torch.randn(2, 8, 16, 16)
-    plain, blocks = (Grid(2, 256, (0, 1, 2, 3), block=side, salt=1) for side in (0, 8))
+    plain, blocks = (Grid(2, 256, (0, 1, 2, 3), block=side, stochastic=True) for side in (0, 8))
     error = [float((coded(g, x) - x).norm()) for g in (plain, blocks)]
     assert error[1] < 0.05 * error[0]
 
@@ -91,17 +93,19 @@ def test_predicted_errors_are_those_of_normal_numbers() -> None:
     torch.manual_seed(0)
     x = torch.randn(256, 256)
     assert abs(float((x.amax(1) - x.amin(1)).mean()) / expected_range(256) - 1) < 0.02
-    for bits, salt in ((2, 1), (4, 1), (4, None), (8, None)):
-        found = float((coded(Grid(bits, 256, (0, 1), salt=salt), x) - x).norm() / x.norm())
-        predicted = relative_error(bits, 256, stochastic=salt is not None)
+    for bits, stochastic in ((2, True), (4, True), (4, False), (8, False)):
+        found = float(
+            (coded(Grid(bits, 256, (0, 1), stochastic=stochastic), x) - x).norm() / x.norm()
+        )
+        predicted = relative_error(bits, 256, stochastic=stochastic)
         assert abs(found / predicted - 1) < 0.05
 
 
 def test_special_values() -> None:
     x = torch.zeros(4, 8)
-    assert torch.equal(coded(Grid(2, 8, (0, 1), salt=1), x), x)
+    assert torch.equal(coded(Grid(2, 8, (0, 1), stochastic=True), x), x)
     x[1, 0] = torch.nan
     x[2, 0] = torch.inf
-    found = coded(Grid(2, 8, (0, 1), salt=1), x)
+    found = coded(Grid(2, 8, (0, 1), stochastic=True), x)
     assert torch.equal(found[[0, 3]], x[[0, 3]])
     assert not bool(found[1:3].isfinite().any())

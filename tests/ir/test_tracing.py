@@ -1,0 +1,56 @@
+"""Traces are shared where the operators are the same, and nowhere else."""
+
+from functools import partial
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensorMode
+
+from gtrans.ir import tracing
+from gtrans.ir.tracing import traced
+
+aten = torch.ops.aten
+
+
+def scaled(factor: float, x: torch.Tensor, *, twice: bool = False) -> torch.Tensor:
+    y = x * factor
+    return y + y if twice else y
+
+
+def trace(function: object, shape: tuple[int, ...] = (2, 3), *constants: object) -> fx.Graph:
+    mode = FakeTensorMode()
+    with mode:
+        value = torch.empty(shape)
+    node = fx.Graph().placeholder("x")
+    return traced(function, [*constants, node], [value], mode)  # type: ignore[arg-type]
+
+
+def test_the_same_is_traced_once() -> None:
+    graph = trace(partial(scaled, 2.0))
+    assert [n.target for n in graph.nodes if n.op == "call_function"] == [aten.mul.Tensor]
+    assert trace(partial(scaled, 2.0)) is graph
+    assert not any(n.meta for n in graph.nodes)
+
+
+def test_what_differs_is_traced_for_itself() -> None:
+    graphs = [
+        trace(partial(scaled, 2.0)),
+        trace(partial(scaled, 3.0)),
+        trace(partial(scaled, 2)),
+        trace(partial(scaled, 2.0), (3, 2)),
+        trace(partial(scaled, 2.0, twice=True)),
+        trace(scaled, (2, 3), 2.0),
+    ]
+    assert len({id(g) for g in graphs}) == len(graphs)
+
+
+def test_what_may_change_or_hold_a_graph_is_traced_anew() -> None:
+    factors = [2.0]
+
+    def local(x: torch.Tensor) -> torch.Tensor:
+        return x * factors[0]
+
+    assert trace(local) is not trace(local)
+    before = len(tracing._seen)
+    trace(torch.add, (2, 3), torch.ones(()))  # a tensor, as a node would be, is no constant
+    assert len(tracing._seen) == before
