@@ -17,6 +17,16 @@ def scaled(factor: float, x: torch.Tensor, *, twice: bool = False) -> torch.Tens
     return y + y if twice else y
 
 
+class Holder:
+    """Might change, or keep a graph alive."""
+
+    factor = 2.0
+
+
+def scaled_by(holder: Holder, x: torch.Tensor) -> torch.Tensor:
+    return x * holder.factor
+
+
 def trace(function: object, shape: tuple[int, ...] = (2, 3), *constants: object) -> fx.Graph:
     mode = FakeTensorMode()
     with mode:
@@ -52,5 +62,5 @@ def test_what_may_change_or_hold_a_graph_is_traced_anew() -> None:
 
     assert trace(local) is not trace(local)
     before = len(tracing._seen)
-    trace(torch.add, (2, 3), torch.ones(()))  # a tensor, as a node would be, is no constant
+    trace(scaled_by, (2, 3), Holder())
     assert len(tracing._seen) == before
