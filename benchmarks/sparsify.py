@@ -143,10 +143,11 @@ def _sparsified(
     """Trained to zeros and erased; None if the target is missed or the result is not exact."""
     plan = gtrans.prune(model.train(), **task.train[0][0])
     clock, start, steps = _Clock(), task.steps // 10, task.steps // 2
+    periods = 4 if steps > 12 else 1
 
     def make(optimizer: torch.optim.Optimizer) -> object:
         return plan.sparsifier(
-            optimizer, sparsity=sparsity, method=method, start=start, steps=steps, periods=4
+            optimizer, sparsity=sparsity, method=method, start=start, steps=steps, periods=periods
         )
 
     begin = time.perf_counter()

@@ -54,15 +54,32 @@ def erasable_share(model: nn.Module, batch: dict[str, Any]) -> tuple[float, str]
 
 
 def pruned(model: nn.Module, batch: dict[str, Any], ratio: float) -> nn.Module:
-    """A copy of a model with a share of all its channels pruned by torch-pruning's magnitude."""
+    """A copy of a model with a share of all its channels pruned by torch-pruning's magnitude.
+
+    What it leaves to its user is done: attention like BERT's is named to it, its heads stay,
+    the attribute with their width is set, and frozen parameters are thawed meanwhile.
+    """
     tp: Any = import_module("torch_pruning")
     model = copy.deepcopy(model)
-    _pruner(tp, model, batch, ratio, _output_layers(model, batch)).step()
+    attention: list[Any] = [m for m in model.modules() if hasattr(m, "attention_head_size")]
+    heads = {layer: m.num_attention_heads for m in attention for layer in (m.query, m.key, m.value)}
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    model.requires_grad_()  # it follows the autograd graph, in which frozen layers are missing
+    _pruner(tp, model, batch, ratio, _output_layers(model, batch), heads).step()
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    for m in attention:
+        m.attention_head_size = m.query.out_features // m.num_attention_heads
     return model
 
 
 def _pruner(
-    tp: Any, model: nn.Module, batch: dict[str, Any], ratio: float, kept: list[nn.Module]
+    tp: Any,
+    model: nn.Module,
+    batch: dict[str, Any],
+    ratio: float,
+    kept: list[nn.Module],
+    heads: dict[nn.Module, int] | None = None,
 ) -> Any:
     return tp.pruner.BasePruner(
         model,
@@ -70,6 +87,7 @@ def _pruner(
         tp.importance.MagnitudeImportance(p=2),
         pruning_ratio=ratio,
         ignored_layers=kept,
+        num_heads=heads or {},
         forward_fn=_forward,
         output_transform=_floats,
     )
