@@ -43,7 +43,7 @@ def main(quick: bool, device: str) -> int:
             who: saved_for_backward(_forward(m, batch), device=device)
             for who, m in (("torch", plain), ("gtrans", ours))
         }
-        rounds = 10 if quick else 40
+        rounds = 30 if quick else 40
         seconds = interleaved_seconds(
             {"torch": _step(plain, batch), "gtrans": _step(ours, batch)},
             rounds=rounds,
