@@ -31,7 +31,7 @@ from gtrans.analysis.measure import measured_peak
 from gtrans.analysis.schedule import schedule_of
 from gtrans.errors import BudgetError
 
-_SHARES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.0)
+_SHARES = (0.8, 0.5, 0.2, 0.0)
 _QUICK_SHARES = (0.6, 0.1)
 _QUICK = ("llama", "unet")
 _LOWER = 0.8
