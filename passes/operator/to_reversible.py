@@ -12,12 +12,14 @@ leave their remainders in one int64 an element, each halving of `bdia` leaves on
 Saves: nothing by itself. With `reversible`, what the branches keep, at every depth.
 Costs: two-streams and momentum a few passes over the stream; a grid twice the bytes of its ends.
 Contract: the forward changes; the gradient is exact for it (rounding to the grid passes it on).
-Needs: two links or more in a row. `bdia` needs a grid, and leaves the model as it is where
-    gradients are off: inference is that of the untouched model.
+Needs: two links or more in a row. A post-norm block, x = norm(x + f(x)), is none: what the norm
+    takes away (the scale of the sum) is in no later value. `bdia` needs a grid, and leaves the
+    model as it is where gradients are off: inference is that of the untouched model.
 Source: two-streams: Reformer (arXiv:2001.04451) eq. 8, its streams averaged; momentum:
     arXiv:2102.07870 eq. 3; bdia: arXiv:2407.09093 eq. 15-21, whose grid has 9 bits.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 from operator import getitem
@@ -31,9 +33,15 @@ from gtrans.contract import Changed, Contract
 from gtrans.core import HELD_BACK, Knob, Pass, Permission, Stats, require
 from gtrans.ir.forward import ForwardGraph, value
 from gtrans.ir.joint import JointGraph
+from gtrans.ir.printer import target_name
+from gtrans.ir.source import location
 from gtrans.runtime import streams
 
 ALONE = "a single residual sum: there is nothing to alternate with"
+CHANGED = (
+    "nothing goes on from one residual sum to the next but what an operator makes of it, such as "
+    "the norm of a post-norm block: there is no stream that a later one could give back"
+)
 INFERENCE = "gradients are off: the model runs as it was written"
 _MOST_BITS = 40
 
@@ -73,9 +81,11 @@ class ToReversible(Pass[ForwardGraph]):
     def run(self, graph: ForwardGraph, permitted: Permission) -> Stats:
         """Rewrites each run of residual sums as a whole."""
         stats = Stats()
-        for run in residual_runs(graph):
+        runs = residual_runs(graph)
+        heads = {run[0].stream for run in runs}
+        for run in runs:
             stats.matched += len(run)
-            reason = self._refuse(run)
+            reason = self._refuse(run, heads)
             if reason is None and not permitted(run[0].output.name):
                 reason = HELD_BACK
             if reason is not None:
@@ -91,8 +101,11 @@ class ToReversible(Pass[ForwardGraph]):
         """g as a fraction of small numbers."""
         return Fraction(self.gamma).limit_denominator(1000)
 
-    def _refuse(self, run: list[Link]) -> str | None:
+    def _refuse(self, run: list[Link], heads: Collection[fx.Node]) -> str | None:
         if len(run) < 2:
+            changed = list(run[0].output.users)
+            if len(changed) == 1 and changed[0] in heads:
+                return f"{CHANGED} ({target_name(changed[0])} at {location(changed[0])})"
             return ALONE
         if self.kind == "bdia" and not torch.is_grad_enabled():
             return INFERENCE

@@ -1,6 +1,7 @@
 """Models with coupled streams, and what the tests of `reversible` require of a step."""
 
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -54,6 +55,23 @@ class Dropped(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(self.inner(x), 0.2)
+
+
+class BatchNormed(nn.Module):
+    """A perceptron behind batch norm over the features of [B, T, D]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.BatchNorm1d(width), Perceptron(width, F.relu)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.norm(x.transpose(1, 2)).transpose(1, 2))
+
+
+def in_turn() -> Branch:
+    """Makes attention, a perceptron with dropout, one with batch norm, attention, ..."""
+    kinds = cycle((Attention, Dropped, BatchNormed))
+    return lambda width: next(kinds)(width)
 
 
 class NormConv(nn.Module):

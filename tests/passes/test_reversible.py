@@ -19,28 +19,20 @@ from tests.passes.coupled import (
     NormConv,
     Perceptron,
     Streams,
+    in_turn,
     require_all_rewritten,
     require_same,
     run,
-    step_of,
 )
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3, 5, 8])
-def test_two_streams_at_every_depth(depth: int) -> None:
-    plain, found, captured = run(Streams(4, depth, Perceptron), torch.randn(3, 8))
-    require_same(plain, found)
-    require_all_rewritten(captured, 2 * depth)
-    assert step_of(captured).stats.matched == 2 * depth
-
-
 @pytest.mark.parametrize("splits", [2, 3, 4, 5])
-@pytest.mark.parametrize("depth", [1, 3])
-def test_more_streams(splits: int, depth: int) -> None:
-    model = Streams(4, depth, Perceptron, splits)
-    plain, found, captured = run(model, torch.randn(3, 4 * splits))
+@pytest.mark.parametrize("depth", [1, 2, 3, 5, 8])
+def test_every_depth_and_number_of_streams(depth: int, splits: int) -> None:
+    model = Streams(4, depth, in_turn(), splits)
+    plain, found, captured = run(model, torch.randn(2, 3, 4 * splits))
     require_same(plain, found)
     require_all_rewritten(captured, splits * depth)
 

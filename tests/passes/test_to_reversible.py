@@ -13,7 +13,7 @@ from torch import nn
 
 import gtrans
 from gtrans.contract import Changed, Exact
-from gtrans.passes.operator.to_reversible import ALONE, INFERENCE
+from gtrans.passes.operator.to_reversible import ALONE, CHANGED, INFERENCE
 from gtrans.pipeline import Pipeline
 from gtrans.runtime import streams
 from gtrans.testing import Record, Runner
@@ -219,6 +219,23 @@ def stats_of(model: nn.Module, x: torch.Tensor, options: str) -> "gtrans.Stats":
 
 def test_a_single_sum_is_refused() -> None:
     assert stats_of(Residual(1), torch.randn(4, 8), "kind=momentum").skipped == {ALONE: 1}
+
+
+class PostNorm(Residual):
+    """The norm stands behind the sum."""
+
+    def link(self, x: torch.Tensor, block: Block) -> torch.Tensor:
+        return F.layer_norm(x + block(x), x.shape[-1:])
+
+
+@pytest.mark.parametrize("kind", ["two-streams", "momentum", "bdia,bits=16"])
+def test_post_norm_has_no_stream(kind: str) -> None:
+    stats = stats_of(PostNorm(3), torch.randn(4, 8), f"kind={kind}")
+    assert (stats.matched, stats.rewritten) == (3, 0)
+    reasons = dict(stats.skipped)
+    assert reasons.pop(ALONE) == 1  # the last one: its norm belongs to the head
+    assert all(r.startswith(CHANGED) and "(layer_norm at test_to_rev" in r for r in reasons)
+    assert sum(reasons.values()) == 2
 
 
 def test_remainders_that_do_not_fit_are_refused() -> None:
