@@ -8,7 +8,8 @@ left. All train for the same number of steps, over three seeds.
 
 Targets: every sparsity is met to the index; the erased model computes what the zeroed one does; at
 half of the operations it is 1.6 times as fast; HESSO's accuracy at equal parameters is not below
-torch-pruning's by more than a point; the sparsifier adds at most 3 % to a step.
+torch-pruning's by more than a point; a sparsifier of either method adds at most 3 % to the steps of
+either model (median of its runs).
 """
 
 import copy
@@ -56,26 +57,29 @@ def main(quick: bool, device: str) -> int:
     table = Table(columns, (8, 16, 10, 10, 7, 9, 9, 9, 8))
     problems: list[str] = []
     speeds: list[float] = []
-    overheads: list[float] = []
+    overheads: dict[tuple[str, str], list[float]] = {}
     for task in tasks:
         found = _compared(task, (0.5,) if quick else (0.5, 0.7), 1 if quick else 3, problems)
         for (method, sparsity), o in found.items():
             table.row(task.name, method, *_cells(sparsity, o))
-            overheads += o.overhead
+            if o.overhead:
+                overheads.setdefault((task.name, method), []).extend(o.overhead)
             rival = found.get(("torch-pruning", sparsity))
             if method == "hesso" and rival and not quick:
                 gap = statistics.mean(rival.accuracy) - statistics.mean(o.accuracy)
                 if gap > POINT:
                     problems.append(f"{task.name}: {gap:.1%} below torch-pruning at {sparsity:.0%}")
         speeds.append(_at_half(task, table))
-    overhead = statistics.median(overheads)
+    adds = {which: statistics.median(found) for which, found in overheads.items()}
+    overhead = max(adds.values())
     ok = not problems and overhead <= OVERHEAD and min(speeds) >= SPEED_UP
     for problem in problems:
         print(problem)
     return verdict(
         ok,
-        f"sparsifier adds {overhead:.1%} to a step (median; target {OVERHEAD:.0%}); at half of the "
-        f"operations {', '.join(f'{s:.2f}' for s in speeds)} times as fast (target {SPEED_UP})",
+        f"{' on '.join(reversed(max(adds, key=adds.__getitem__)))} adds most to a step, "
+        f"{overhead:.1%} (target {OVERHEAD:.0%}); at half of the operations "
+        f"{', '.join(f'{s:.2f}' for s in speeds)} times as fast (target {SPEED_UP})",
     )
 
 

@@ -7,9 +7,13 @@ With x_g the producer slices of an index, v_g their gradients and n_g how many e
     hessian     Σ x² v² over its mean in the class               (optimal brain damage, v² for H)
     hesso       0.2 of each of ‖x_g‖, ‖x_g‖/n_g, cos(x_g, v_g) + 1, |x_g · v_g|, ½ (x_g · v_g)²,
                 each over its 2-norm across all indices          (arXiv:2409.09085)
-    dhspg       -½ (cos(x_g, v_g) + n_g / ‖x_g‖), each over its 2-norm across all indices
+    h2spg       -½ (cos(x_g, v_g) + n_g / ‖x_g‖), each over its 2-norm across all indices
                                                                  (arXiv:2303.06862)
+    dhspg       the same with 1 in place of n_g
     random      a fixed draw
+
+As ‖x_g‖ grows like √n_g, n_g / ‖x_g‖ is largest for large groups: the published score erases a
+residual stream before a hidden unit. 1 / ‖x_g‖ spares what much hangs on, as hesso does by ‖x_g‖.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -149,6 +153,10 @@ _ACROSS: dict[str, list[tuple[float, Callable[[Moments], torch.Tensor]]]] = {
         (0.2, lambda m: m["dot"].square() / 2),
     ],
     "dhspg": [
+        (-0.5, lambda m: m.cosine),
+        (-0.5, lambda m: 1 / m.norm.clamp(min=1e-12)),
+    ],
+    "h2spg": [
         (-0.5, lambda m: m.cosine),
         (-0.5, lambda m: m.count / m.norm.clamp(min=1e-12)),
     ],

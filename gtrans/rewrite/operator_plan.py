@@ -107,7 +107,6 @@ class OperatorPlan:
         """
         self._require_some()
         choice, classes = _OperatorChoice(self._segments), [self._segments.as_class()]
-        method = "dhspg" if method == "h2spg" else method
         return Sparsifier.of(choice, classes, self._tensors(), optimizer, method, options)
 
     def erase(self, chosen: Sequence[Segment] | None = None) -> fx.GraphModule:

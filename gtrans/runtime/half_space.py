@@ -6,7 +6,8 @@
 
 v is what the optimizer did, whatever it is, so momentum and Adam count as they are. To see it costs
 a copy of the slices and some passes over them, so s is looked at every few steps and kept between.
-Source: arXiv:2303.06862, where the pull is s x and s is computed at every step.
+Source: arXiv:2303.06862, where s is computed at every step and nothing bounds it from below: there
+what is still long at the end is cut off.
 """
 
 from collections.abc import Mapping
@@ -72,7 +73,7 @@ class PulledClass:
         ]
 
     def look(
-        self, rate: float, base: float, half_space: float
+        self, rate: float, base: float, half_space: float, least: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Looks after the step at what it did.
 
@@ -80,6 +81,7 @@ class PulledClass:
             rate: the learning rate.
             base: λ where the plain step shrinks the norm by itself.
             half_space: ε.
+            least: what s is at least.
 
         Returns:
             s for each index, float64 [size], 0 for what is not pulled; and which turn away.
@@ -87,7 +89,7 @@ class PulledClass:
         square, along, speed = self._sums()
         norm = square.sqrt().clamp(min=1e-12)
         strength = pull_strength(-along / rate, norm, speed / rate**2, base)
-        share = torch.where(self.active, rate * strength / norm, 0.0).clamp(max=1.0)
+        share = torch.where(self.active, (rate * strength / norm).clamp(least, 1.0), 0.0)
         inside = (1 - share) * (square + along) >= half_space * norm * norm
         return share, self.active & ~(inside & (share < 1))
 

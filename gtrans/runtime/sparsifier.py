@@ -2,8 +2,9 @@
 
     HESSO and score-based methods (arXiv:2409.09085)       DHSPG (arXiv:2303.06862)
     every period: take the next lowest-scored indices      at the start: take the lowest-scored
-    every step t of T: their slices *= (T - t - 1)/(T - t) every step: pull them to the origin,
-      the product over a period is exactly 0                 project a slice that turns away to 0
+    every step t of T: their slices *= (T - t - 1)/(T - t) every step: pull them to the origin, fast
+      the product over a period is exactly 0                 enough to be there at the end; project
+                                                             a slice that turns away to 0
     afterwards: keep them 0                                at the end: what is left becomes 0
 
 It runs around `optimizer.step()`, through the optimizer's own hooks, so momentum and Adam moments
@@ -26,10 +27,12 @@ from gtrans.errors import ModelError, OptionError, did_you_mean
 from gtrans.runtime.corrective_cycles import CorrectiveCycles
 from gtrans.runtime.half_space import PulledClass
 
+PULLED = ("dhspg", "h2spg")
+"""Methods whose slices are pulled to the origin; all others decay linearly."""
 CYCLES = 5
 """Cycles of HESSO-CRIC at most."""
-LOOK = 8
-"""Every so many steps DHSPG looks at what the optimizer does."""
+LOOK = 16
+"""Every so many steps DHSPG looks at what the optimizer does; dearer than to multiply."""
 
 
 class SparsifierOptions(TargetOptions, total=False):
@@ -101,7 +104,7 @@ class Sparsifier:
         tensors: the model's parameters by path.
         optimizer: the optimizer that trains them.
         target: what to reach.
-        method: how indices are scored, and how they go ("dhspg", else linear decay).
+        method: how indices are scored, and how they go (`PULLED`, else linear decay).
         schedule: when.
         pull: λ of DHSPG.
         half_space: ε of DHSPG.
@@ -168,7 +171,7 @@ class Sparsifier:
         self._groups = rates
         none = {c.name: torch.zeros(c.size, dtype=torch.bool) for c in self.classes}
         self.zeroed, self.active = none, {k: v.clone() for k, v in none.items()}
-        self._factors: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        self._factors: list[_Factor] = []
         self._pulled: list[PulledClass] = []
         self._shares: dict[str, torch.Tensor] = {}
         self._cycles: CorrectiveCycles | None = None
@@ -210,7 +213,7 @@ class Sparsifier:
             return
         if number >= self.schedule.steps:
             self._scale(1.0)
-        elif self.method == "dhspg":
+        elif self.method in PULLED:
             self._pull_step(number)
         elif self.method == "hesso-cric":
             self._corrected_step(number)
@@ -293,7 +296,7 @@ class Sparsifier:
     def _before_step(self) -> None:
         """Notes what is pulled before the optimizer moves it, if this step is looked at."""
         number = self.taken - self.schedule.start
-        if self.method == "dhspg" and 0 < number < self.schedule.steps and number % LOOK == 1:
+        if self.method in PULLED and 0 < number < self.schedule.steps and number % LOOK == 1:
             moving = {name: a & ~self.zeroed[name] for name, a in self.active.items()}
             self._pulled = [PulledClass(c, self.tensors, moving[c.name]) for c in self.classes]
 
@@ -303,11 +306,13 @@ class Sparsifier:
             self._select(1.0)
             self._pull_by({name: torch.zeros(len(a)) for name, a in self.active.items()})
         if self._pulled:
-            shares = {}
+            shares, least = {}, self._least(self.schedule.steps - number)
             for pulled in self._pulled:
                 name = pulled.cls.name
                 rate = max((self._rate(m.name) for m in pulled.cls.producers), default=0.0)
-                shares[name], turned = pulled.look(max(rate, 1e-30), self.pull, self.half_space)
+                shares[name], turned = pulled.look(
+                    max(rate, 1e-30), self.pull, self.half_space, least
+                )
                 self.zeroed[name] |= turned
             self._pulled = []
             self._pull_by(shares)
@@ -319,6 +324,14 @@ class Sparsifier:
     def _pull_by(self, shares: dict[str, torch.Tensor]) -> None:
         self._shares = shares
         self._refresh()
+
+    @staticmethod
+    def _least(left: int) -> float:
+        """The share of each step until the next look that keeps up with a linear decay.
+
+        Slices that are still long at the end would be cut off there, which costs more accuracy.
+        """
+        return 1 - ((left - LOOK) / left) ** (1 / LOOK) if left > LOOK else 1 / left
 
     def _rate(self, name: str) -> float:
         group = self._groups.get(self.tensors[name])
@@ -360,9 +373,32 @@ class Sparsifier:
             shape = [-1 if d == dim else 1 for d in range(parameter.ndim)]
             kept = keep.to(parameter.device, parameter.dtype).reshape(shape)
             moving = ((1 - stays) * keep).to(parameter.device, parameter.dtype).reshape(shape)
-            self._factors.append((parameter, kept, moving if bool(moving.any()) else None))
+            self._factors.append(_Factor(parameter, kept, moving if bool(moving.any()) else None))
 
     def _scale(self, factor: float) -> None:
         """Multiplies active slices with a factor and zeroed ones with 0; leaves the others."""
-        for parameter, keep, active in self._factors:
-            parameter.mul_(keep if active is None else keep.sub(active, alpha=1 - factor))
+        for each in self._factors:
+            each.scale(factor)
+
+
+class _Factor:
+    """What a parameter is multiplied with along one of its dimensions.
+
+    Args:
+        parameter: changed in place.
+        keep: 0 where it is zero, else 1; of a shape that broadcasts.
+        moving: how much of each slice is on its way, if any is.
+    """
+
+    def __init__(
+        self, parameter: torch.Tensor, keep: torch.Tensor, moving: torch.Tensor | None
+    ) -> None:
+        self._parameter, self._keep, self._moving = parameter, keep, moving
+        self._last, self._product = 1.0, keep
+
+    def scale(self, factor: float) -> None:
+        """Multiplies what is on its way with a factor, and what is zero with 0."""
+        if factor != self._last and self._moving is not None:
+            # The pull stays the same between two looks, and its vector with it.
+            self._last, self._product = factor, self._keep.sub(self._moving, alpha=1 - factor)
+        self._parameter.mul_(self._product)
