@@ -70,6 +70,7 @@ class PulledClass:
         self._held = [
             _Held(torch.atleast_1d(tensors[m.name].detach()), m.dim, m.labels, active)
             for m in (cls.producers if bool(active.any()) else ())
+            if tensors[m.name].requires_grad  # what is frozen goes nowhere by itself
         ]
 
     def look(

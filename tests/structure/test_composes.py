@@ -118,7 +118,7 @@ def _conv() -> tuple[nn.Module, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("make", "form"), [(_conv, "module"), (lambda: _bert(num_hidden_layers=2), "graph")]
 )
-def test_an_erased_model_is_written_as_onnx(make: Any, form: str) -> None:
+def test_an_erased_model_is_written_as_onnx(make: Any, form: Any) -> None:
     why = "onnx and onnxscript are no dependencies of gtrans: pip install onnx onnxscript"
     reference = pytest.importorskip("onnx.reference", reason=why)
     pytest.importorskip("onnxscript", reason=why)
