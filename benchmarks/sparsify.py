@@ -77,8 +77,8 @@ def main(quick: bool, device: str) -> int:
         print(problem)
     return verdict(
         ok,
-        f"{worst} on {where} adds most to a step, {overhead:.1%} (target {OVERHEAD:.0%}); at half of the operations "
-        f"{', '.join(f'{s:.2f}' for s in speeds)} times as fast (target {SPEED_UP})",
+        f"{worst} on {where} adds most to a step, {overhead:.1%} (target {OVERHEAD:.0%}); at half of "
+        f"the operations {', '.join(f'{s:.2f}' for s in speeds)} times as fast (target {SPEED_UP})",
     )
 
 
