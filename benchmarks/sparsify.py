@@ -75,10 +75,11 @@ def main(quick: bool, device: str) -> int:
     ok = not problems and overhead <= OVERHEAD and min(speeds) >= SPEED_UP
     for problem in problems:
         print(problem)
+    faster = ", ".join(f"{s:.2f}" for s in speeds)
     return verdict(
         ok,
-        f"{worst} on {where} adds most to a step, {overhead:.1%} (target {OVERHEAD:.0%}); at half of "
-        f"the operations {', '.join(f'{s:.2f}' for s in speeds)} times as fast (target {SPEED_UP})",
+        f"{worst} on {where} adds most to a step, {overhead:.1%} (target {OVERHEAD:.0%}); at half "
+        f"of the operations {faster} times as fast (target {SPEED_UP})",
     )
 
 
