@@ -62,8 +62,8 @@ class Unit:
 class Tag:
     """What gtrans knows about a node. Frozen, so that copied `meta` dictionaries may share it.
 
-    `recovers` is the number of the coupling, counted from the last, whose stream a node rebuilds;
-    the forward's own value has it as well.
+    `recovers` is the number of the coupling, counted from the last, whose stream a node rebuilds,
+    and `twin` a number that a rebuilt value shares with the forward's own value, which has both.
     """
 
     side: Side
@@ -72,6 +72,7 @@ class Tag:
     accumulates: bool = False
     made_by: str = ""
     recovers: int | None = None
+    twin: int | None = None
     unit: Unit | None = None
 
 

@@ -6,14 +6,15 @@ The front does not depend on the budget, so peak and predicted time are monotone
 that counts is the one of the graph with the plan written into it; where a plan takes an offer of a
 pass, whose function is only known then, it is checked on a copy first. Where a plan of the front
 fits but is not the fastest one, a faster one that fits with its wide regions taken by rows (see
-`gtrans.plan.streamed`) is preferred to it.
+`gtrans.plan.streamed`) is preferred to it. Where a pass rebuilds streams of a reversible network,
+that is done for none, some or all blocks (see `gtrans.plan.inversion`), whichever is fastest.
 """
 
 from dataclasses import dataclass
 
-from gtrans.analysis.cost import Device
+from gtrans.analysis.cost import Device, node_seconds
 from gtrans.analysis.liveness import Liveness, simulate
-from gtrans.analysis.schedule import schedule_of
+from gtrans.analysis.schedule import Schedule, schedule_of
 from gtrans.errors import BudgetError
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import human
@@ -22,9 +23,16 @@ from gtrans.memory import Budget
 from gtrans.plan.alive import alive_rows, listed
 from gtrans.plan.cut import read_directly
 from gtrans.plan.front import Front
+from gtrans.plan.inversion import Variant, variants
 from gtrans.plan.realise import write
 from gtrans.plan.rebuild import Candidate, Choice, Rebuilder
-from gtrans.plan.streamed import fastest_streamed, streamed_plans, take_by_rows, written_copy
+from gtrans.plan.streamed import (
+    fastest_streamed,
+    same_choice,
+    streamed_plans,
+    take_by_rows,
+    written_copy,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class Fit:
         slowdown: predicted time relative to the fastest plan.
         count: operators that run again.
         regions: how many regions are computed a few rows at a time.
+        inverted: how many blocks have their streams rebuilt, of `blocks`.
+        blocks: for how many blocks a pass offered that.
     """
 
     candidate: Candidate
@@ -48,13 +58,13 @@ class Fit:
     slowdown: float
     count: int
     regions: int = 0
+    inverted: int = 0
+    blocks: int = 0
 
 
 def plain_liveness(joint: JointGraph) -> Liveness:
     """The memory of a graph as autograd would run it: everything the backward reads is saved."""
-    schedule = Rebuilder(joint).schedule(Choice(frozenset(read_directly(joint))))
-    assert schedule is not None  # nothing runs twice but what passes placed there
-    return simulate(schedule)
+    return simulate(_plain(joint))
 
 
 def fit(joint: JointGraph, budget: Budget, device: Device) -> Fit:
@@ -73,38 +83,93 @@ def fit(joint: JointGraph, budget: Budget, device: Device) -> Fit:
     around = joint.surroundings
     plain = around.plain_peak or plain_liveness(joint).peak + around.held_bytes
     limit = budget.in_bytes(plain)
-    front = Front(joint, device, stored=True)
-    best = front.best()
     room = int(limit * (1 - around.slack)) - around.held_bytes
-    peaks = {id(c): c.peak for c in best}
-    fitting: Candidate | None = None
-    for candidate in best:
-        if candidate.peak <= room and _takes_offers(front, candidate):
-            peaks[id(candidate)] = _peak_when_written(joint, candidate.choice)
-        if peaks[id(candidate)] <= room:
-            fitting = candidate
-            break
-    than = fitting.seconds if fitting is not None else float("inf")
-    streamed = fastest_streamed(front, room, than, device)
-    if streamed is not None:
-        fitting, peak, seconds = streamed.candidate, streamed.peak, streamed.seconds
-    elif fitting is not None:
-        peak, seconds = peaks[id(fitting)], fitting.seconds
-    else:
-        lowest = min(best, key=lambda c: peaks[id(c)])
-        raise BudgetError(_infeasible(front, lowest, peaks[id(lowest)], plain, limit, budget))
-    count = write(joint, front.schedule(fitting))
-    for _ in range(streamed.rounds if streamed is not None else 0):
-        take_by_rows(joint)
+    found: _Search | None = None
+    lowest: _Search | None = None
+    fastest = 0.0
+    for variant in variants(joint):
+        if found is not None and _least_seconds(variant.joint, device) >= found.seconds:
+            continue  # not searched, since no plan of it could be chosen
+        search = _Search(variant, device, room)
+        fastest = fastest or search.best[0].seconds
+        if search.fits and (found is None or search.seconds < found.seconds):
+            found = search
+        if lowest is None or search.lowest_peak < lowest.lowest_peak:
+            lowest = search
+    if found is None:
+        assert lowest is not None  # there is one variant at least
+        raise BudgetError(_infeasible(lowest, plain, limit, budget))
+    count = found.write(joint)
     return Fit(
-        fitting,
-        peak + around.held_bytes,
+        found.candidate,
+        found.peak + around.held_bytes,
         plain,
         limit,
-        seconds / best[0].seconds if best[0].seconds else 1.0,
+        found.seconds / fastest if fastest else 1.0,
         count,
-        streamed.regions if streamed is not None else 0,
+        found.streamed.regions if found.streamed is not None else 0,
+        found.variant.inverted,
+        found.variant.blocks,
     )
+
+
+class _Search:
+    """The fastest plan of one variant of a graph that fits into some room.
+
+    Attributes:
+        best: the front of the variant.
+        fits: whether any plan does; if none does, `candidate` is the one with the lowest peak.
+        streamed: the plan with regions taken by rows, if that is the fastest one.
+    """
+
+    def __init__(self, variant: Variant, device: Device, room: int) -> None:
+        self.variant = variant
+        self.front = Front(variant.joint, device, stored=True)
+        self.best = self.front.best()
+        self.peaks = {id(c): c.peak for c in self.best}
+        fitting = next((c for c in self.best if self._peak_within(c, room) <= room), None)
+        than = fitting.seconds if fitting is not None else float("inf")
+        self.streamed = fastest_streamed(self.front, room, than, device)
+        self.fits = fitting is not None or self.streamed is not None
+        chosen = self.streamed.candidate if self.streamed is not None else fitting
+        self.candidate = chosen or min(self.best, key=lambda c: self.peaks[id(c)])
+        self.peak = self.peaks[id(self.candidate)]
+        self.seconds = self.candidate.seconds
+        if self.streamed is not None:
+            self.peak, self.seconds = self.streamed.peak, self.streamed.seconds
+
+    @property
+    def lowest_peak(self) -> int:
+        """Of the plans whose regions are taken as a whole."""
+        return min(self.peaks.values())
+
+    def write(self, joint: JointGraph) -> int:
+        """Writes the plan into the graph; returns how many nodes run again."""
+        self.variant.write(joint)
+        choice = same_choice(self.candidate.choice, self.variant.joint, joint)
+        schedule = Rebuilder(joint).schedule(choice)
+        assert schedule is not None  # it was simulated
+        count = write(joint, schedule)
+        for _ in range(self.streamed.rounds if self.streamed is not None else 0):
+            take_by_rows(joint)
+        return count
+
+    def _peak_within(self, candidate: Candidate, room: int) -> int:
+        """The peak of a plan; what offers take is known once they are written."""
+        if candidate.peak <= room and _takes_offers(self.front, candidate):
+            self.peaks[id(candidate)] = _peak_when_written(self.variant.joint, candidate.choice)
+        return self.peaks[id(candidate)]
+
+
+def _plain(joint: JointGraph) -> Schedule:
+    schedule = Rebuilder(joint).schedule(Choice(frozenset(read_directly(joint))))
+    assert schedule is not None  # nothing runs twice but what passes placed there
+    return schedule
+
+
+def _least_seconds(joint: JointGraph, device: Device) -> float:
+    """What no plan of a graph can be faster than: nothing runs again but what passes ask for."""
+    return sum(node_seconds(t.node, device) for t in _plain(joint).tasks)
 
 
 def _takes_offers(front: Front, candidate: Candidate) -> bool:
@@ -115,9 +180,8 @@ def _peak_when_written(joint: JointGraph, choice: Choice) -> int:
     return simulate(schedule_of(written_copy(joint, choice))).peak
 
 
-def _infeasible(
-    front: Front, candidate: Candidate, peak: int, plain: int, limit: int, budget: Budget
-) -> str:
+def _infeasible(search: _Search, plain: int, limit: int, budget: Budget) -> str:
+    front, candidate, peak = search.front, search.candidate, search.peak
     liveness = front.simulate(front.schedule(candidate))
     for streamed in streamed_plans(front.joint, candidate, front.device):
         if streamed.peak < peak:

@@ -108,6 +108,10 @@ class Plan(Pass[JointGraph]):
             f"x{fitted.slowdown:.2f} on {device.name}",
             f"saved for backward: {human(before)} -> {human(saved_bytes(graph, graph.cut))}",
         ]
+        if fitted.blocks:
+            stats.notes.append(
+                f"inversion: the streams of {fitted.inverted} of {fitted.blocks} blocks are rebuilt"
+            )
         if fitted.regions:
             stats.notes.append(f"{fitted.regions} wide regions are computed a few rows at a time")
             stats.contract = Exact(bitwise=False)  # sums over rows are taken chunk by chunk

@@ -104,16 +104,18 @@ def streamed_plans(joint: JointGraph, candidate: Candidate, device: Device) -> I
 def written_copy(joint: JointGraph, choice: Choice) -> JointGraph:
     """A copy of a graph with a choice written into it."""
     twin = joint.copy()
-    same = dict(zip(joint.nodes, twin.nodes, strict=True))
-
-    def mapped(nodes: frozenset[fx.Node]) -> frozenset[fx.Node]:
-        return frozenset(same[n] for n in nodes)
-
-    hold = None if choice.hold is None else mapped(choice.hold)
-    schedule = Rebuilder(twin).schedule(Choice(mapped(choice.save), hold, choice.window))
+    schedule = Rebuilder(twin).schedule(same_choice(choice, joint, twin))
     assert schedule is not None  # as for the original
     write(twin, schedule)
     return twin
+
+
+def same_choice(choice: Choice, joint: JointGraph, twin: JointGraph) -> Choice:
+    """A choice for one graph as a choice for another one with the same nodes."""
+    same = dict(zip(joint.nodes, twin.nodes, strict=True))
+    save = frozenset(same[n] for n in choice.save)
+    hold = None if choice.hold is None else frozenset(same[n] for n in choice.hold)
+    return Choice(save, hold, choice.window)
 
 
 def take_by_rows(joint: JointGraph) -> int:

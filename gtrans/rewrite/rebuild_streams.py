@@ -57,6 +57,8 @@ class _Writer:
         self.recipes = recipes
         self.made: dict[fx.Node, fx.Node] = {}
         self.number = {c.stream: i for i, c in enumerate(couplings.found)}
+        twins = (tag(n).twin for n in graph.nodes if n.op != "output")
+        self.first_twin = 1 + max((t for t in twins if t is not None), default=-1)
 
     def run(self) -> None:
         for reader, source in list(backward_reads(self.graph)):
@@ -101,9 +103,12 @@ class _Writer:
         while before.next is not reader:
             before = before.next
             self._mark(before, node)
-            if before is result and node in self.couplings.inverse:
-                for value in (node, result):
-                    value.meta[TAG] = replace(tag(value), recovers=self.number.get(node))
+        number = self.number.get(node) if node in self.couplings.inverse else None
+        for value in (node, result):
+            known = tag(value)
+            recovers = known.recovers if number is None else number
+            twin = self.first_twin + len(self.made)
+            value.meta[TAG] = replace(known, recovers=recovers, twin=twin)
         return result
 
     def _masked(self, relu: fx.Node, reader: fx.Node) -> fx.Node:

@@ -19,9 +19,10 @@ from typing import ClassVar
 
 from torch import fx
 
+from gtrans.analysis.blocks import block_after, recovery_blocks
 from gtrans.contract import Contract, Exact
 from gtrans.core import HELD_BACK, Knob, Pass, Permission, Stats, require
-from gtrans.ir.joint import JointGraph, Side, Unit, assign, runs_in, tag
+from gtrans.ir.joint import JointGraph, Side, Unit, assign, runs_in
 
 TOO_EARLY = "there is no plan yet: it comes after 'reversible' and 'plan'"
 
@@ -54,8 +55,7 @@ class PaReprop(Pass[JointGraph]):
         backward = [
             n for n in graph.nodes if n.op == "call_function" and runs_in(n) is Side.BACKWARD
         ]
-        recovered = {n: b for n in backward if (b := tag(n).recovers) is not None}
-        blocks = _recovering(graph, backward, recovered)
+        blocks = recovery_blocks(graph)
         first = {block: node for node, block in sorted(blocks.items(), reverse=True)}
         stats = Stats(len(first))
         reason = TOO_EARLY if graph.cut is None else None
@@ -67,48 +67,19 @@ class PaReprop(Pass[JointGraph]):
             return stats
         for node, block in blocks.items():
             assign(node, Unit("recover", block, self.look_ahead))
-        for node, block in _gradients(backward, recovered, blocks).items():
+        for node, block in _gradients(backward, blocks).items():
             assign(node, Unit("grads", block, self.look_ahead))
         stats.rewritten = stats.matched
         stats.notes.append(f"{stats.matched} blocks, up to {self.look_ahead + 1} of them at once")
         return stats
 
 
-def _recovering(
-    graph: JointGraph, backward: list[fx.Node], recovered: dict[fx.Node, int]
-) -> dict[fx.Node, int]:
-    """The block that each rebuilt value belongs to; values that belong to none are left out.
-
-    A recovered stream ends its block, and whatever is computed from it belongs to the next.
-    """
-    rebuilt = [n for n in backward if graph.is_forward(n)]
-    found = dict(recovered)
-    for _ in range(2):
-        for node in rebuilt:
-            inputs = [_after(n, found, recovered) for n in node.all_input_nodes if n in found]
-            if node not in found and inputs:
-                found[node] = max(inputs)
-        for node in reversed(rebuilt):
-            users = [found[u] for u in node.users if u in found]
-            if node not in found and users:
-                found[node] = min(users)
-    return found
-
-
-def _gradients(
-    backward: list[fx.Node],
-    recovered: dict[fx.Node, int],
-    blocks: dict[fx.Node, int],
-) -> dict[fx.Node, int]:
+def _gradients(backward: list[fx.Node], blocks: dict[fx.Node, int]) -> dict[fx.Node, int]:
     """The block whose gradients a node belongs to; -1 before the first of them."""
     found: dict[fx.Node, int] = {}
     for node in backward:
         if node not in blocks:
-            inputs = [_after(n, blocks, recovered) for n in node.all_input_nodes if n in blocks]
+            inputs = [block_after(n, blocks) for n in node.all_input_nodes if n in blocks]
             inputs += [found[n] for n in node.all_input_nodes if n in found]
             found[node] = max(inputs, default=-1)
     return found
-
-
-def _after(node: fx.Node, blocks: dict[fx.Node, int], recovered: dict[fx.Node, int]) -> int:
-    return blocks[node] + (node in recovered)
