@@ -17,7 +17,7 @@ from gtrans.explanation import Explanation
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.program import Program, export_program
 from gtrans.memory import Budget
-from gtrans.pipeline import ADMITTED, BUDGETED, DEFAULT, Pipeline
+from gtrans.pipeline import ADMITTED, Pipeline
 from gtrans.plan.planner import Plan
 from gtrans.rewrite.program_module import as_module
 
@@ -275,9 +275,8 @@ def planned(
         ContractError: a pass promises less than `allow`.
         OptionError: a pass or option is unknown, or the budget cannot be read or is given twice.
     """
-    if passes == "default":
-        passes = DEFAULT if memory is None else BUDGETED
-        passes = f"{ADMITTED[allow]},{passes}" if allow in ADMITTED else passes
+    if passes == "default" and allow in ADMITTED:
+        passes = f"{ADMITTED[allow]},default"
     pipeline = Pipeline.parse(passes).without(skip)
     if allow is not None:
         pipeline.require(allow)

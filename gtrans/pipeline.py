@@ -38,9 +38,6 @@ AnyGraph = TypeVar("AnyGraph", bound=Graph)
 DEFAULT = "relu-mask,norm-output,dropout-output,bit-masks,plan"
 """The pipeline of `optimize(model)`: exact passes only."""
 
-BUDGETED = "relu-mask,norm-output,dropout-output,bit-masks,reversible,plan"
-"""The pipeline of `optimize(model, memory=...)`: the plan may also rebuild what can be inverted."""
-
 ADMITTED = {
     "close": "memory-share,compress{bits=8,rounding=nearest}",
     "unbiased": "compress",

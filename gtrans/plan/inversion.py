@@ -25,7 +25,7 @@ class Variant:
     """A graph of which some blocks are inverted.
 
     Attributes:
-        joint: a copy.
+        joint: a copy; where nothing can be inverted, the graph itself.
         inverted: how many blocks are.
         blocks: how many could be.
         first: number of the first block that is, for `write`.
@@ -45,10 +45,13 @@ class Variant:
 def variants(joint: JointGraph) -> Iterator[Variant]:
     """The variants of a graph, those with the least work first; each is made when asked for."""
     blocks = recovered_blocks(joint)
+    if not blocks:
+        yield Variant(joint, 0, 0, 0)
+        return
     counts = sorted({round(len(blocks) * part / _PARTS) for part in range(_PARTS + 1)})
     for inverted in counts:
         number = len(blocks) - inverted
-        first = blocks[number] if inverted else (blocks[-1] + 2 if blocks else 0)
+        first = blocks[number] if inverted else blocks[-1] + 2
         variant = Variant(joint.copy(), inverted, len(blocks), first)
         variant.write(variant.joint)
         yield variant
