@@ -296,7 +296,8 @@ class Sparsifier:
     def _before_step(self) -> None:
         """Notes what is pulled before the optimizer moves it, if this step is looked at."""
         number = self.taken - self.schedule.start
-        if self.method in PULLED and 0 < number < self.schedule.steps and number % LOOK == 1:
+        looked_at = 0 < number < self.schedule.steps and number % LOOK == LOOK // 2
+        if self.method in PULLED and looked_at:
             moving = {name: a & ~self.zeroed[name] for name, a in self.active.items()}
             self._pulled = [PulledClass(c, self.tensors, moving[c.name]) for c in self.classes]
 
@@ -304,7 +305,8 @@ class Sparsifier:
         """One DHSPG step on the active slices: pull, and project where it was looked at."""
         if number == 0:
             self._select(1.0)
-            self._pull_by({name: torch.zeros(len(a)) for name, a in self.active.items()})
+            least = self._least(self.schedule.steps)
+            self._pull_by({name: torch.full((len(a),), least) for name, a in self.active.items()})
         if self._pulled:
             shares, least = {}, self._least(self.schedule.steps - number)
             for pulled in self._pulled:
