@@ -1,5 +1,7 @@
 """`verify(..., each=True)` names the first pass after which the step is wrong."""
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -25,3 +27,32 @@ def test_a_right_pipeline_is_compared_to_its_end() -> None:
     result = gtrans.verify(model, x, each=True)
     assert result.ok
     assert not result.notes
+
+
+def test_a_model_that_differs_from_itself_is_told_from_a_wrong_pass() -> None:
+    numbers = itertools.count()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own
+    def uncontrolled() -> torch.Tensor:
+        return torch.full((), float(next(numbers)))
+
+    class Uncontrolled(nn.Module):
+        """Draws from something that no seed controls."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.layer(x * uncontrolled())
+            return y
+
+    found = gtrans.verify(Uncontrolled(), torch.randn(2, 4), passes="plan")
+    assert not found.ok
+    assert "the untouched model differs from itself" in str(found)
+
+    wrong = gtrans.Pipeline((Scaled(),))
+    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    found = gtrans.verify(plain, torch.randn(2, 4), passes=wrong)
+    assert not found.ok
+    assert "differs from itself" not in str(found)
