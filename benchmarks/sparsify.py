@@ -72,13 +72,15 @@ def main(quick: bool, device: str) -> int:
         speeds.append(_at_half(task, table))
     adds = {which: statistics.median(found) for which, found in overheads.items()}
     overhead, (where, worst) = max((value, which) for which, value in adds.items())
-    ok = not problems and overhead <= OVERHEAD and min(speeds) >= SPEED_UP
+    judged = quick or overhead <= OVERHEAD  # a few steps do not spread one scoring thinly enough
+    ok = not problems and judged and min(speeds) >= SPEED_UP
     for problem in problems:
         print(problem)
     faster = ", ".join(f"{s:.2f}" for s in speeds)
     return verdict(
         ok,
-        f"{worst} on {where} adds most to a step, {overhead:.1%} (target {OVERHEAD:.0%}); at half "
+        f"{worst} on {where} adds most to a step, {overhead:.1%} "
+        f"({'not judged over so few steps' if quick else f'target {OVERHEAD:.0%}'}); at half "
         f"of the operations {faster} times as fast (target {SPEED_UP})",
     )
 
