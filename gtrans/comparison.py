@@ -115,13 +115,14 @@ def _finite_norm(value: torch.Tensor) -> float:
 
 
 def rounding_scale(values: dict[str, tuple[str, torch.Tensor | None]]) -> float:
-    """What small gradients are measured by: a thousandth of the largest.
+    """What small gradients are measured by: a hundredth of the largest.
 
     Some gradients are zero but for rounding (of a bias before a norm, of the bias of attention's
-    keys); their own size says nothing about how large an error in them is.
+    keys); their own size says nothing about how large an error in them is. A smaller share would
+    ask for less than the last digit of the terms that they are sums of.
     """
     norms = [_finite_norm(v) for kind, v in values.values() if kind == "gradient" and v is not None]
-    return 1e-3 * max(norms, default=0.0)
+    return 1e-2 * max(norms, default=0.0)
 
 
 def _bound(kind: str, dtype: torch.dtype, contract: Contract, terms: int) -> float:
