@@ -298,7 +298,7 @@ def main(quick: bool, device: str) -> int:
         found = gradient_error(model)
         error = max(error, found)
         print(f"float64 gradients, {name}: error {found:.1e}", flush=True)
-    apart = loss_error(1, 10 if quick else 200, device)
+    apart = loss_error(4, 10 if quick else 200, device)
     print(f"float32 losses apart by {apart:.1e}", flush=True)
     ratio = compiled_ratio(1 if quick else 4, width, x, 15)
     first, last = depths[0], depths[-1]
