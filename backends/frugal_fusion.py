@@ -21,7 +21,7 @@ class FrugalFusion(InductorChoices):
 
     def __init__(self) -> None:
         super().__init__()
-        self._products: dict[int, list[int]] = {}
+        self._products: dict[Any, list[int]] = {}  # of each scheduler
 
     def can_fuse_horizontal(  # type: ignore[override]  # static in torch, called on the instance
         self, scheduler: Any, node1: Any, node2: Any, shared_data_score: int
@@ -31,8 +31,8 @@ class FrugalFusion(InductorChoices):
         if not allowed or node1.is_reduction() or node2.is_reduction():
             return allowed
         first, second = sorted((node1, node2), key=lambda n: n.min_order)
-        key = id(scheduler)
-        if key not in self._products:  # they are never fused, so they stay what and where they are
-            self._products[key] = sorted(n.min_order for n in scheduler.nodes if n.is_extern())
-        orders = self._products[key]
+        if scheduler not in self._products:  # never fused, so they stay what and where they are
+            products = sorted(n.min_order for n in scheduler.nodes if n.is_extern())
+            self._products[scheduler] = products
+        orders = self._products[scheduler]
         return bisect_right(orders, first.max_order) == bisect_right(orders, second.min_order)

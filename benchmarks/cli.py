@@ -22,7 +22,8 @@ _HELP_S, _COMMAND_S = 0.150, 20.0
 
 # What a command needs besides MODEL; one that needs nothing else is not listed. `reduce` needs a
 # failure, so it is given a pass that is wrong on purpose, and `repro` the script that it writes.
-_WRONG = ["--plugin", str(Path(__file__).parents[1] / "tests" / "wrong_passes.py")]
+_PLUGIN = str(Path(__file__).parents[1] / "tests" / "wrong_passes.py")
+_WRONG = ["--plugin", _PLUGIN]
 _NEEDS: dict[str, list[str]] = {
     "diff": ["--pass", "plan"],
     "bench": ["--backend", "eager", "--rounds", "3"],
@@ -53,7 +54,7 @@ def main(quick: bool, device: str) -> int:
             if quick and words[0] not in _QUICK:
                 continue
             seconds, code = _run(words, here)
-            label = " ".join("MODEL" if word == model else word for word in words)
+            label = " ".join({model: "MODEL", _PLUGIN: "FILE"}.get(word, word) for word in words)
             table.row(f"gtrans {label}"[:51], f"{seconds:.1f}", code)
             slowest = max(slowest, (words[0], seconds), key=lambda pair: pair[1])
             if code not in _ANSWERS:

@@ -1,6 +1,8 @@
 """Traces are shared where the operators are the same, and nowhere else."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
@@ -27,12 +29,14 @@ def scaled_by(holder: Holder, x: torch.Tensor) -> torch.Tensor:
     return x * holder.factor
 
 
-def trace(function: object, shape: tuple[int, ...] = (2, 3), *constants: object) -> fx.Graph:
+def trace(
+    function: Callable[..., Any], shape: tuple[int, ...] = (2, 3), *constants: object
+) -> fx.Graph:
     mode = FakeTensorMode()
     with mode:
         value = torch.empty(shape)
     node = fx.Graph().placeholder("x")
-    return traced(function, [*constants, node], [value], mode)  # type: ignore[arg-type]
+    return traced(function, [*constants, node], [value], mode)
 
 
 def test_the_same_is_traced_once() -> None:
