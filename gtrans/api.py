@@ -8,7 +8,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
+from torch.optim import Optimizer
 
+from gtrans.analysis.optimizer_state import state_bytes
 from gtrans.capture import Compiler, Resident, capture_always, compiled_call
 from gtrans.debugging.crash import write_repro
 from gtrans.debugging.look import Look, to_stderr
@@ -34,6 +36,7 @@ def optimize(
     passes: str | Pipeline = "default",
     skip: Sequence[str] = (),
     memory: str | int | float | Budget | None = None,
+    optimizer: Optimizer | None = None,
     allow: str | None = None,
     backend: str = "inductor",
     mode: str | None = None,
@@ -53,8 +56,9 @@ def optimize(
             `Pipeline` of pass objects, which need not be registered.
         skip: names of passes to leave out of it.
         memory: bound of the step's peak memory: "6GiB", or 0.4 of what it would be without gtrans.
-            Parameters, buffers, inputs and gradients count, the optimizer's state does not. The
-            fastest plan under it is chosen at the first call; `docs/memory-budget.md` has the rest.
+            Parameters, buffers, inputs and gradients count. The fastest plan under it is chosen at
+            the first call; `docs/memory-budget.md` has the rest.
+        optimizer: whose state counts as well, as large as it is after a step.
         allow: the weakest contract to admit ("exact", "close", "unbiased", ...). By default the
             passes named in `passes` are admitted, since you named them; the default ones are exact.
             With the default passes, "close" and "unbiased" also add those that keep values for the
@@ -71,14 +75,15 @@ def optimize(
         The same object. Its parameters, `state_dict` keys, hooks and class are untouched.
 
     Raises:
-        OptionError: a pass, option, mode or backend is unknown, or the budget cannot be read.
+        OptionError: a pass, option, mode or backend is unknown, or the budget cannot be read, or it
+            cannot be told how much memory the optimizer keeps.
         ContractError: a pass promises less than `allow`.
         ModelError: the model has no trainable parameters.
     """
     if on_error not in ("skip", "raise"):
         raise OptionError(f"on_error must be 'skip' or 'raise', got {on_error!r}")
     require_trainable(model)
-    pipeline = planned(passes, skip, memory, allow)
+    pipeline = planned(passes, skip, memory, allow, optimizer)
     look = Look.from_environment()
     pipeline = look.pipeline(pipeline)
     compiler = Compiler(
@@ -174,6 +179,7 @@ def explain(
     passes: str | Pipeline = "default",
     skip: Sequence[str] = (),
     memory: str | int | float | Budget | None = None,
+    optimizer: Optimizer | None = None,
     allow: str | None = None,
     dynamic: bool | None = None,
     **keyword_inputs: Any,
@@ -189,6 +195,7 @@ def explain(
         passes: as for `optimize`.
         skip: as for `optimize`.
         memory: as for `optimize`.
+        optimizer: as for `optimize`.
         allow: as for `optimize`.
         dynamic: True leaves the sizes of the inputs open, for `Explanation.formulas` and
             `Explanation.largest`. Sizes that are equal are taken to be the same dimension.
@@ -200,7 +207,7 @@ def explain(
         BudgetError: no plan keeps the step under the budget; says how near one comes.
         ModelError: the model has no trainable parameters, or does not accept the inputs.
     """
-    pipeline = planned(passes, skip, memory, allow)
+    pipeline = planned(passes, skip, memory, allow, optimizer)
     return explained(model, inputs, keyword_inputs, pipeline, dynamic=dynamic)
 
 
@@ -268,21 +275,26 @@ def planned(
     skip: Sequence[str],
     memory: str | int | float | Budget | None,
     allow: str | None = None,
+    optimizer: Optimizer | None = None,
 ) -> Pipeline:
     """The pipeline that the arguments of `optimize` describe.
 
     Raises:
         ContractError: a pass promises less than `allow`.
-        OptionError: a pass or option is unknown, or the budget cannot be read or is given twice.
+        OptionError: a pass or option is unknown, the budget cannot be read or is given twice, or it
+            cannot be told how much memory the optimizer keeps.
     """
     if passes == "default" and allow in ADMITTED:
         passes = f"{ADMITTED[allow]},default"
     pipeline = Pipeline.parse(passes).without(skip)
     if allow is not None:
         pipeline.require(allow)
-    if memory is None:
-        return pipeline
-    return Pipeline(Plan.under_budget(pipeline.passes, Budget.parse(memory)))
+    chosen = pipeline.passes
+    if memory is not None:
+        chosen = Plan.under_budget(chosen, Budget.parse(memory))
+    if optimizer is not None:
+        chosen = Plan.beside(chosen, state_bytes(optimizer))
+    return Pipeline(chosen)
 
 
 def capture(

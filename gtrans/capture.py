@@ -177,17 +177,25 @@ class Compiler:
             done = sum(_parameter_bytes(g, trainable=True) for g in (*graphs, record.original))
             beside += max(0, self.resident.bytes - _parameter_bytes(record.original))
             beside += max(0, self.resident.trainable_bytes - done)
+        beside += self.reserved_bytes
         held = beside + sum(c.saved_bytes for c in earlier)
         if not self.has_budget:
-            return Surroundings(held)
+            return Surroundings(held, reserved_bytes=self.reserved_bytes)
         plain = plain_liveness(record.original).peak
         plain += beside + sum(c.saved_bytes_before for c in earlier)
-        return Surroundings(held, plain, self._lowering.slack)
+        return Surroundings(held, plain, self._lowering.slack, self.reserved_bytes)
 
     @property
     def has_budget(self) -> bool:
         """Whether a plan keeps the step under a memory budget."""
         return any(isinstance(p, Plan) and p.memory is not None for p in self.pipeline.passes)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What is in memory besides all the time, such as the optimizer's state."""
+        return max(
+            (p.reserved_bytes for p in self.pipeline.passes if isinstance(p, Plan)), default=0
+        )
 
     def _warn(self, steps: list[Step]) -> None:
         for step in steps:

@@ -112,7 +112,7 @@ class Explanation(Shown):
         """Predicted peak of a step in bytes: parameters, buffers, inputs, gradients and values.
 
         Of the eager backend; one that fuses operators differs a little. The optimizer's state
-        is not part of it.
+        is part of it if the optimizer was given, or its bytes reserved.
         """
         held = [c.rewritten.surroundings.held_bytes for c in self.training if c.rewritten]
         return max((v.peak + h for v, h in zip(self.liveness, held, strict=True)), default=0)
@@ -157,6 +157,13 @@ class Explanation(Shown):
         """The memory budget in bytes, if there is one."""
         plans = [p for p in self.pipeline.passes if isinstance(p, Plan) and p.memory is not None]
         return plans[-1].memory.in_bytes(self.plain_peak) if plans and plans[-1].memory else None
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What of the peak is no part of the model, such as the optimizer's state."""
+        return max(
+            (p.reserved_bytes for p in self.pipeline.passes if isinstance(p, Plan)), default=0
+        )
 
     @cached_property
     def closed_forms(self) -> list[ClosedForm]:
@@ -282,6 +289,7 @@ class Explanation(Shown):
             "peak_bytes": self.peak,
             "plain_peak_bytes": self.plain_peak,
             "budget_bytes": self.budget,
+            "reserved_bytes": self.reserved_bytes,
             "own_seconds": self.own_seconds,
             "passes": [
                 {
@@ -305,6 +313,7 @@ class Explanation(Shown):
         breaks = f" (graph breaks: {len(self.captured) - 1})" if len(self.captured) > 1 else ""
         before, after = self.saved_bytes_before, self.saved_bytes
         share = f" ({after / before - 1:+.0%})" if before else ""
+        reserved = self.reserved_bytes
         return [
             f"pipeline   {self.pipeline}",
             f"contract   {self.contract}",
@@ -312,6 +321,11 @@ class Explanation(Shown):
             f"saved      {human(before)} as autograd would -> {human(after)}{share}",
             f"peak       {human(self.plain_peak)} as autograd would -> {human(self.peak)} predicted"
             + ("" if self.budget is None else f", budget {human(self.budget)}"),
+            *(
+                [f"reserved   {human(reserved)} of these, as for the optimizer's state"]
+                if reserved
+                else []
+            ),
             f"own time   {self.own_seconds:.2f} s",
         ]
 

@@ -23,6 +23,7 @@ class WhyPeak:
         node: the node that runs then.
         location: line of the user's model that it belongs to.
         held_bytes: by the model's other graphs.
+        reserved_bytes: besides the model, as for the optimizer's state.
         workspace_bytes: by the kernel that runs.
         rows: everything else that is alive, largest first.
     """
@@ -33,6 +34,7 @@ class WhyPeak:
     node: str
     location: Location
     held_bytes: int
+    reserved_bytes: int
     workspace_bytes: int
     rows: tuple[AliveRow, ...]
 
@@ -47,6 +49,7 @@ class WhyPeak:
         for size, what in (
             (self.workspace_bytes, "workspace of the kernel that runs"),
             (self.held_bytes, "held by the model's other graphs"),
+            (self.reserved_bytes, "reserved, as for the optimizer's state"),
         ):
             if size:
                 lines.append(f"  {human(size):>12} {size / self.peak:6.1%}  {what}")
@@ -71,9 +74,9 @@ def why_peak(explanation: "Explanation") -> WhyPeak:
     candidates = []
     for record, liveness in zip(graphs, explanation.liveness, strict=True):
         assert record.rewritten is not None
-        held = record.rewritten.surroundings.held_bytes
-        candidates.append((liveness.peak + held, held, record, liveness))
-    peak, held, record, liveness = max(candidates, key=lambda c: c[0])
+        around = record.rewritten.surroundings
+        candidates.append((liveness.peak + around.held_bytes, around, record, liveness))
+    peak, around, record, liveness = max(candidates, key=lambda c: c[0])
     rows = tuple(alive_rows(liveness))
     return WhyPeak(
         peak=peak,
@@ -81,7 +84,8 @@ def why_peak(explanation: "Explanation") -> WhyPeak:
         half="forward" if liveness.peak_task < liveness.schedule.boundary else "backward",
         node=liveness.peak_node.name,
         location=location(liveness.peak_node),
-        held_bytes=held,
-        workspace_bytes=peak - held - sum(r.bytes for r in rows),
+        held_bytes=around.held_bytes - around.reserved_bytes,
+        reserved_bytes=around.reserved_bytes,
+        workspace_bytes=peak - around.held_bytes - sum(r.bytes for r in rows),
         rows=rows,
     )

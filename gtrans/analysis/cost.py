@@ -44,8 +44,13 @@ from gtrans.memory import Budget
 
 aten = torch.ops.aten
 
-# How long each kernel is tried for the calibration, and what more than the roofline is believed.
-_PATIENCE_S, _SLOWEST = 0.08, 16.0
+# How long each kernel is tried in a round of the calibration, and what more than the roofline is
+# believed.
+_PATIENCE_S, _SLOWEST = 0.04, 16.0
+# Rounds of the calibration: at least, and at most while the machine is busy. It is not where the
+# two fastest rounds of every kernel are this close, and the process had this share of its time.
+_ROUNDS, _MOST_ROUNDS = 3, 8
+_CLOSE, _SHARE = 1.15, 0.9
 
 Count = Any
 """An int, or a sympy expression."""
@@ -137,7 +142,8 @@ def device_of(joint: JointGraph) -> Device:
 def calibrated_cpu() -> Device:
     """This machine's CPU as it was measured once; of a general one where nothing is kept on disk.
 
-    Without the measurement kept, two runs on one machine could plan differently.
+    Without the measurement kept, two runs on one machine could plan differently. One that was taken
+    while the machine was busy with something else serves this process and is not kept.
     """
     if kept.folder() is None:
         return DEVICES["cpu"]
@@ -148,8 +154,9 @@ def calibrated_cpu() -> Device:
         return Device(**known)
     except TypeError:
         found = measured_cpu()
-        kept.save("devices", key, asdict(found))
-        return found
+        if found.steady:
+            kept.save("devices", key, asdict(found.device))
+        return found.device
 
 
 def _model_name() -> str:
@@ -161,40 +168,74 @@ def _model_name() -> str:
     return next((line for line in lines if line.startswith("model name")), "")
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A device as it was measured.
+
+    Attributes:
+        device: with the fastest of several rounds of every kernel.
+        steady: whether rounds agreed, and nothing else took the processor meanwhile.
+    """
+
+    device: Device
+    steady: bool
+
+
 @cache
-def measured_cpu() -> Device:
-    """This machine's CPU, by typical runs of a kernel of each kind, in half a second."""
+def measured_cpu() -> Measured:
+    """This machine's CPU, by a kernel of each kind, in a second or two."""
     a, small = torch.ones(384, 384), torch.ones(1)
     big = cycle([torch.ones(1 << 21) for _ in range(8)])  # more than a cache holds
     image, window = torch.ones(4, 8, 64, 64), torch.ones(8, 8, 3, 3)
     heads = torch.ones(4, 4, 128, 32)
-    launch_s = _typical(lambda: small.add(1.0))
-    flops = 2 * a.numel() * len(a) / _typical(lambda: a @ a)
-    bandwidth = 2 * next(big).nbytes / _typical(lambda: next(big).add(1.0))
+    seconds, steady = _fastest(
+        launch=lambda: small.add(1.0),
+        product=lambda: a @ a,
+        copy=lambda: next(big).add(1.0),
+        convolution=lambda: torch.conv2d(image, window, padding=1),
+        attention=lambda: torch.nn.functional.scaled_dot_product_attention(heads, heads, heads),
+        scattered=lambda: aten.max_pool2d_with_indices(image, [2, 2]),
+    )
+    launch_s = seconds["launch"]
+    flops = 2 * a.numel() * len(a) / seconds["product"]
+    bandwidth = 2 * next(big).nbytes / seconds["copy"]
 
-    def slower(run: Callable[[], object], roofline_s: float) -> float:
+    def slower(kernel: str, roofline_s: float) -> float:
         # More than the limit says that the machine was busy meanwhile.
-        return min(max((_typical(run) - launch_s) / roofline_s, 1.0), _SLOWEST)
+        return min(max((seconds[kernel] - launch_s) / roofline_s, 1.0), _SLOWEST)
 
-    return Device(
+    window_flops = 2 * image.numel() * window[0].numel()
+    device = Device(
         "cpu",
         bandwidth,
         flops,
         flops / 2,
         launch_s,
-        channels=len(window)
-        * slower(
-            lambda: torch.conv2d(image, window, padding=1),
-            2 * image.numel() * window[0].numel() / flops,
-        ),
-        attention=slower(
-            lambda: torch.nn.functional.scaled_dot_product_attention(heads, heads, heads),
-            4 * heads.numel() * heads.shape[2] / flops,
-        ),
-        scattered=slower(
-            lambda: aten.max_pool2d_with_indices(image, [2, 2]), 1.75 * image.nbytes / bandwidth
-        ),
+        channels=len(window) * slower("convolution", window_flops / flops),
+        attention=slower("attention", 4 * heads.numel() * heads.shape[2] / flops),
+        scattered=slower("scattered", 1.75 * image.nbytes / bandwidth),
     )
+    return Measured(device, steady)
+
+
+def _fastest(**kernels: Callable[[], object]) -> tuple[dict[str, float], bool]:
+    """Typical seconds of each kernel in the fastest of several rounds, and whether to trust them.
+
+    Another process that takes the processor makes rounds longer: all of a kernel's if it stays, but
+    then the share of time that this thread ran is small.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in kernels}
+    steady = False
+    for number in range(1, _MOST_ROUNDS + 1):
+        wall, own = time.perf_counter(), time.thread_time()
+        for name, run in kernels.items():
+            taken[name] = sorted([*taken[name], _typical(run)])
+        share = (time.thread_time() - own) / (time.perf_counter() - wall)
+        close = all(len(t) > 1 and t[1] <= _CLOSE * t[0] for t in taken.values())
+        steady = close and share >= _SHARE
+        if steady and number >= _ROUNDS:
+            break
+    return {name: times[0] for name, times in taken.items()}, steady
 
 
 def _typical(run: Callable[[], object]) -> float:

@@ -139,15 +139,18 @@ class Surroundings:
 
     Attributes:
         held_bytes: by the model's other graphs: values saved between their halves, gradients that
-            are ready, parameters that this graph does not have.
+            are ready, parameters that this graph does not have; and what is reserved.
         plain_peak: what the whole step would peak at without any pass, held bytes included; None
             if nobody asked.
         slack: share of a memory budget to leave free for the backend.
+        reserved_bytes: those of the held bytes that are no part of the model, such as the
+            optimizer's state.
     """
 
     held_bytes: int = 0
     plain_peak: int | None = None
     slack: float = 0.0
+    reserved_bytes: int = 0
 
 
 class JointGraph:

@@ -197,7 +197,11 @@ def _infeasible(search: _Search, plain: int, limit: int, budget: Budget) -> str:
         f"{human(plain)}), at {node.name} ({location(node)}). Alive there:",
         listed(alive_rows(liveness)),
     ]
-    if held:
-        lines.append(f"    {human(held)} held by the model's other graphs (see docs/memory-budget)")
+    reserved = front.joint.surroundings.reserved_bytes
+    if held > reserved:
+        others = human(held - reserved)
+        lines.append(f"    {others} held by the model's other graphs (see docs/memory-budget)")
+    if reserved:
+        lines.append(f"    {human(reserved)} reserved, as for the optimizer's state")
     lines.append(f"  Ask for memory='{-(-reached // 1024)}KiB' or more, or make the batch smaller.")
     return "\n".join(lines)

@@ -50,6 +50,8 @@ class Plan(Pass[JointGraph]):
             plan under it is chosen, and the two options above do not matter. Raises BudgetError
             before the first step where none fits.
         target: device to predict times for, "auto" for the one that the tensors are on.
+        reserve: bytes that are in memory besides all the time and that gtrans does not see, such as
+            the optimizer's state; they count as part of the peak.
     """
 
     name: ClassVar[str] = "plan"
@@ -59,9 +61,14 @@ class Plan(Pass[JointGraph]):
     price: float = 0.05
     memory: Budget | None = None
     target: str = "auto"
+    reserve: Budget | None = None
 
     def __post_init__(self) -> None:
         require(self.price > 0, f"plan: price must be positive, got {self.price}")
+        require(
+            self.reserve is None or self.reserve.bytes is not None,
+            f"plan: reserve must be a number of bytes ('1GiB'), got {self.reserve}",
+        )
         if self.target != "auto":
             device_named(self.target)
 
@@ -131,6 +138,28 @@ class Plan(Pass[JointGraph]):
         if not plans:
             return (*pipeline, Plan(memory=budget))
         return tuple(replace(p, memory=budget) if isinstance(p, Plan) else p for p in pipeline)
+
+    @staticmethod
+    def beside(pipeline: tuple[Pass[Any], ...], reserve_bytes: int) -> tuple[Pass[Any], ...]:
+        """Passes with so many bytes reserved by their plan; a plan is added if there is none.
+
+        Raises:
+            OptionError: the plan has something else reserved already.
+        """
+        reserve = Budget(bytes=reserve_bytes)
+        plans = [p for p in pipeline if isinstance(p, Plan)]
+        require(
+            all(p.reserve in (None, reserve) for p in plans),
+            "memory is reserved twice, by optimizer= and by plan{reserve=...}; give it once",
+        )
+        if not plans:
+            return (*pipeline, Plan(reserve=reserve))
+        return tuple(replace(p, reserve=reserve) if isinstance(p, Plan) else p for p in pipeline)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of `reserve`."""
+        return self.reserve.bytes or 0 if self.reserve is not None else 0
 
     def why_kept(self, graph: JointGraph, node: fx.Node) -> str:
         """Why a value of the cut is kept rather than computed again, for reports."""

@@ -237,6 +237,7 @@ def test_the_json_of_explain(run_json: RunJson, model_file: str) -> None:
         "peak_bytes",
         "plain_peak_bytes",
         "budget_bytes",
+        "reserved_bytes",
         "own_seconds",
         "passes",
         "saved",

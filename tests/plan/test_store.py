@@ -1,7 +1,8 @@
 """Plans and machines that are kept on disk: found again, never trusted blindly."""
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ from torch import nn
 
 import gtrans
 from gtrans.analysis import cost, kept
-from gtrans.analysis.cost import DEVICES, calibrated_cpu, device_named
+from gtrans.analysis.cost import (
+    DEVICES,
+    Measured,
+    calibrated_cpu,
+    device_named,
+    measured_cpu,
+)
 from gtrans.ir.joint import JointGraph
 from gtrans.plan.front import Front
 
@@ -76,9 +83,47 @@ def test_nothing_is_kept_where_that_is_not_wanted_or_possible(
 
 
 def test_this_machine_is_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steady = Measured(measured_cpu().device, True)
+    monkeypatch.setattr(cost, "measured_cpu", lambda: steady)
     first = calibrated_cpu()
     assert first.flops_per_s > 1e8
     monkeypatch.setattr(cost, "measured_cpu", lambda: pytest.fail("measured again"))
     assert calibrated_cpu() == first
     monkeypatch.setenv("GTRANS_CACHE", "off")
     assert calibrated_cpu() is DEVICES["cpu"]
+
+
+def test_a_busy_machine_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = Measured(measured_cpu().device, False)
+    monkeypatch.setattr(cost, "measured_cpu", lambda: busy)
+    assert calibrated_cpu() == busy.device
+    assert not (folder / "devices").exists()
+
+
+@pytest.mark.parametrize(("busy", "rounds"), [((), 3), ((1, 2), 4), (range(1, 9), 8)])
+def test_rounds_of_a_busy_machine_are_repeated(
+    busy: Collection[int], rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is busy a kernel takes longer; of all rounds the fastest counts."""
+    seen = 0
+
+    def typical(run: Callable[[], object]) -> float:
+        nonlocal seen
+        seen += 1
+        run()
+        return 1.0 + 0.5 * seen * (seen in busy)
+
+    monkeypatch.setattr(cost, "_typical", typical)
+    seconds, steady = cost._fastest(kernel=lambda: sum(range(10**5)))
+    assert seen == rounds
+    assert steady == (rounds < 8)
+    assert seconds == {"kernel": 1.0 if steady else 1.5}
+
+
+def test_a_thread_that_had_to_wait_was_not_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def typical(run: Callable[[], object]) -> float:
+        time.sleep(0.01)
+        return 1.0
+
+    monkeypatch.setattr(cost, "_typical", typical)
+    assert cost._fastest(kernel=lambda: None) == ({"kernel": 1.0}, False)
