@@ -9,11 +9,9 @@ Target: with five sweeps every model's loss at the end is at most 5 % above that
 gradient. The curves go to `benchmarks/results/chain-training.png` in a full run.
 """
 
-import argparse as text_source
 import copy
-import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import gtrans
-from benchmarks.chain import PreActivation, Reader, digits
+from benchmarks.chain_parts.paths import PreActivation
+from benchmarks.chain_parts.readers import Batches, Language, Reader, batches, digits, text, windows
 from benchmarks.table import Table, verdict
-from gtrans.runtime.recurrence import recurrent_network
 from gtrans.testing.streams import Stream
 
 _SWEEPS = (0, 1, 3, 5, 10)
 _TARGET, _AT = 1.05, 5
-Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 Curve = list[float]
 
 
@@ -74,13 +71,13 @@ def _end(curve: Curve) -> float:
 def _train(
     model: nn.Module,
     loss: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor],
-    batches: Batches,
+    given: Batches,
     steps: int,
     rate: float,
 ) -> Curve:
     optimizer = torch.optim.Adam(model.parameters(), rate)
     curve = []
-    for _, (x, y) in zip(range(steps), batches, strict=False):
+    for _, (x, y) in zip(range(steps), given, strict=False):
         found = loss(model, x, y)
         optimizer.zero_grad()
         found.backward()
@@ -102,57 +99,21 @@ def _pixels(steps: int, device: str) -> dict[str, Curve]:
         def loss(model: Any, x: Any, y: Any, chosen: Any = options) -> torch.Tensor:
             return model.loss(x, y, **chosen)
 
-        batches = _batches(pixels, labels, 64)
-        curves[name] = _train(copy.deepcopy(first), loss, batches, steps, 5e-3)
+        given = batches(pixels, labels, 64)
+        curves[name] = _train(copy.deepcopy(first), loss, given, steps, 5e-3)
     return curves
 
 
-def _batches(x: torch.Tensor, y: torch.Tensor, size: int) -> Batches:
-    generator = torch.Generator().manual_seed(1)
-    while True:
-        chosen = torch.randint(len(x), (size,), generator=generator)
-        yield x[chosen], y[chosen]
-
-
-def _text(device: str) -> tuple[torch.Tensor, int]:
-    text = inspect.getsource(text_source)
-    letters = sorted(set(text))
-    return torch.tensor([letters.index(c) for c in text], device=device), len(letters)
-
-
-def _windows(text: torch.Tensor, length: int, size: int) -> Batches:
-    generator = torch.Generator().manual_seed(1)
-    while True:
-        starts = torch.randint(len(text) - length - 1, (size,), generator=generator)
-        rows = torch.stack([text[s : s + length + 1] for s in starts.tolist()])
-        yield rows[:, :-1], rows[:, 1:]
-
-
-class _Language(nn.Module):
-    def __init__(self, letters: int, width: int) -> None:
-        super().__init__()
-        self.embed, self.layer = nn.Embedding(letters, width), nn.GRU(width, width)
-        self.head = nn.Linear(width, letters)
-
-    def loss(self, x: torch.Tensor, y: torch.Tensor, **options: Any) -> torch.Tensor:
-        start = torch.zeros(1, len(x), self.layer.hidden_size, device=x.device)
-        states = recurrent_network(
-            "gru", self.embed(x), start, list(self.layer.parameters()), True, 1, False, True,
-            **options,
-        )[0]  # fmt: skip
-        return F.cross_entropy(self.head(states).flatten(0, 1), y.flatten())
-
-
 def _characters(steps: int, device: str) -> dict[str, Curve]:
-    text, letters = _text(device)
-    first = _Language(letters, 64).to(device)
+    passages, letters = text(device)
+    first = Language(letters, 64).to(device)
     curves = {}
     for name, options in _rules().items():
 
         def loss(model: Any, x: Any, y: Any, chosen: Any = options) -> torch.Tensor:
             return model.loss(x, y, **chosen)
 
-        curves[name] = _train(copy.deepcopy(first), loss, _windows(text, 64, 16), steps, 5e-3)
+        curves[name] = _train(copy.deepcopy(first), loss, windows(passages, 64, 16), steps, 5e-3)
     return curves
 
 
@@ -180,7 +141,7 @@ def _passes() -> dict[str, str]:
 def _passed(
     first: nn.Module,
     loss: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor],
-    batches: Callable[[], Batches],
+    given: Callable[[], Batches],
     steps: int,
     rate: float,
 ) -> dict[str, Curve]:
@@ -188,19 +149,19 @@ def _passed(
     for name, passes in _passes().items():
         torch._dynamo.reset()
         model = gtrans.optimize(copy.deepcopy(first), passes=passes, backend="eager")
-        curves[name] = _train(model, loss, batches(), steps, rate)
+        curves[name] = _train(model, loss, given(), steps, rate)
     return curves
 
 
 def _transformer(steps: int, device: str) -> dict[str, Curve]:
     """The next character after a window of them."""
-    text, letters = _text(device)
+    passages, letters = text(device)
     first = _Transformer(letters, 24, 32, 8).to(device)
 
     def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(x), y[:, -1])
 
-    return _passed(first, loss, lambda: _windows(text, 24, 32), steps, 2e-3)
+    return _passed(first, loss, lambda: windows(passages, 24, 32), steps, 2e-3)
 
 
 def _resnet(steps: int, device: str) -> dict[str, Curve]:
@@ -210,7 +171,7 @@ def _resnet(steps: int, device: str) -> dict[str, Curve]:
     def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(x.view(-1, 1, 8, 8).expand(-1, 3, 8, 8)), y)
 
-    return _passed(first, loss, lambda: _batches(pixels, labels, 32), steps, 3e-3)
+    return _passed(first, loss, lambda: batches(pixels, labels, 32), steps, 3e-3)
 
 
 def _plot(curves: dict[str, dict[str, Curve]]) -> Path:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from gtrans.analysis.recurrence_speed import RecurrenceSize
 from gtrans.core import SitePass
 from gtrans.ir.forward import ForwardGraph, value
 from gtrans.ir.joint import JointGraph
@@ -78,10 +79,20 @@ def steps_of(site: fx.Node) -> int:
 
 def state_size(site: fx.Node) -> int:
     """Elements of one state: batch times width."""
-    hx: Any = site.args[2 if site.target is recurrent_network else 1]
-    first = hx[0] if isinstance(hx, list | tuple) else hx
-    shape = value(first).shape
-    return hint(shape[-2]) * hint(shape[-1])
+    size = size_of(site)
+    return size.batch * size.width
+
+
+def size_of(site: fx.Node) -> RecurrenceSize:
+    """What a recurrent layer computes, as far as its speed goes: one layer in one direction."""
+    own = site.target is recurrent_network
+    kind = site.args[0] if own else _KINDS[site.target]
+    hx: Any = site.args[2 if own else 1]
+    state = value(hx[0] if isinstance(hx, list | tuple) else hx)
+    batch, width = (hint(n) for n in state.shape[-2:])
+    return RecurrenceSize(
+        str(kind), steps_of(site), batch, width, state.dtype, str(state.device.type)
+    )
 
 
 def _not_plain(site: fx.Node) -> str | None:

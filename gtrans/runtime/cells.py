@@ -46,8 +46,7 @@ class Linearised:
 
     def deltas(self, w: torch.Tensor) -> torch.Tensor:
         """Cotangents of states [..., s*d] to those of the gates, [..., g, d]."""
-        deltas: torch.Tensor = self._spread(w)[..., : self.gates, :]
-        return deltas
+        return self._spread(w, slice(self.gates))
 
     def input_deltas(self, w: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
         """The same for the products with the input; `deltas` are those of the gates."""
@@ -86,11 +85,31 @@ class Linearised:
             parts.append(found)
         return torch.cat(parts, -1)
 
-    def _spread(self, w: torch.Tensor) -> torch.Tensor:
-        states, width = self.local.shape[-3], self.local.shape[-1]
+    def rest(self, w: torch.Tensor) -> torch.Tensor:
+        """J^T w without the way past the cell: what `pull` gives, less past * w."""
+        gates, (states, width) = self.gates, self.local.shape[-3::2]
+        through = self._spread(w, slice(gates)).flatten(-2) @ self.product
         if states == 1:
-            return w.unsqueeze(-2) * self.local[..., 0, :, :]
-        return (torch.unflatten(w, -1, (states, 1, width)) * self.local).sum(-3)
+            return through
+        wide = torch.unflatten(w, -1, (states, width))
+        crossing = torch.zeros_like(wide)
+        for source in range(states):
+            for end in range(states):
+                if source != end:
+                    crossing[..., end, :] += (
+                        wide[..., source, :] * self.local[..., source, gates + end, :]
+                    )
+        crossing[..., -1, :] += through
+        return crossing.flatten(-2)
+
+    def _spread(self, w: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        states, width = self.local.shape[-3], self.local.shape[-1]
+        wide = torch.unflatten(w, -1, (states, width))
+        spread = wide[..., :1, :] * self.local[..., 0, rows, :]
+        for state in range(1, states):
+            part = self.local[..., state, rows, :]
+            spread = torch.addcmul(spread, wide[..., state : state + 1, :], part)
+        return spread
 
 
 @dataclass(frozen=True)

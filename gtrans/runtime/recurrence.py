@@ -117,8 +117,7 @@ def cotangents(found: Linearised, drive: torch.Tensor, rule: str, count: int) ->
     if rule == "sweeps":
 
         def pull(w: torch.Tensor, part: slice) -> torch.Tensor:
-            of = found.at(part)
-            return of.pull(w) - of.past * w
+            return found.at(part).rest(w)
 
         solved = solve_backward(pull, drive, keep=found.past, sweeps=count)
         watch_ratio(solved.states, solved.before, "a recurrence", count)
@@ -148,8 +147,10 @@ def _loop(
 ) -> torch.Tensor:
     """w[t] = e[t] + J[t+1]^T w[t+1] in as few operators a step as there can be."""
     (steps, batch), (states, width) = drive.shape[:2], local.shape[-3::2]
-    split = (steps, batch, states, width)
     drive = drive.contiguous()
+    if states == 1 and batch * width <= _ONE_PRODUCT:
+        return _short_loop(local, product, drive)
+    split = (steps, batch, states, width)
     result = torch.empty_like(drive)
     result[-1].copy_(drive[-1])
     # All views are made before the loop, and nothing is allocated in it.
@@ -164,6 +165,27 @@ def _loop(
             torch.sum(products, 1, out=y)
         torch.add(given[t - 1], past, out=rows[t - 1])
         outputs[t - 1].addmm_(deltas, product)
+    return result
+
+
+_ONE_PRODUCT = 128
+"""Elements of a state up to which a larger product costs less than one more call."""
+
+
+def _short_loop(local: torch.Tensor, product: torch.Tensor, drive: torch.Tensor) -> torch.Tensor:
+    """The same for a small state in one tensor: what goes past is a part of the product."""
+    batch, width = drive.shape[1:]
+    result = torch.empty_like(drive)
+    result[-1].copy_(drive[-1])
+    identity = torch.eye(width, dtype=product.dtype, device=product.device)
+    whole = torch.cat([product, identity])
+    rows, wide, given = result.unbind(0), result.unsqueeze(2).unbind(0), drive.unbind(0)
+    products = local.new_empty(batch, local.shape[-2], width)
+    flat = products.view(batch, -1)
+    coefficients = local[:, :, 0].unbind(0)
+    for t in range(len(drive) - 1, 0, -1):
+        torch.mul(wide[t], coefficients[t], out=products)
+        torch.addmm(given[t - 1], flat, whole, out=rows[t - 1])
     return result
 
 

@@ -49,9 +49,50 @@ def affine_scan(
         carry = drive.new_full((1,) * drive.dim(), carry).expand(
             len(drive), *[1] * (drive.dim() - 1)
         )
-    if reverse:
-        return _scan(carry.flip(0), drive.flip(0)).flip(0)
-    return _scan(carry, drive)
+    return Scan(carry, matrices=carry.dim() > drive.dim(), reverse=reverse)(drive)
+
+
+class Scan:
+    """h[t] = carry[t] h[t-1] + drive[t] for one carry and any number of drives.
+
+    The products of carries that a scan needs are made once, here.
+
+    Args:
+        carry: one diagonal or one matrix for each step; that of the step that comes first is not
+            used, since nothing comes before it.
+        matrices: which of the two.
+        reverse: as for `affine_scan`.
+    """
+
+    def __init__(self, carry: torch.Tensor, *, matrices: bool, reverse: bool = False) -> None:
+        self.matrices, self.reverse = matrices, reverse
+        self.levels = [carry.flip(0) if reverse else carry]
+        while len(self.levels[-1]) > 1:
+            a = self.levels[-1]
+            stop = len(a) // 2 * 2
+            first, second = a[0:stop:2], a[1:stop:2]
+            self.levels.append(second @ first if matrices else second * first)
+
+    def __call__(self, drive: torch.Tensor) -> torch.Tensor:
+        """All values of h, [T, *s], for a drive of [T, *s]."""
+        if self.reverse:
+            return self._solve(drive.flip(0), 0).flip(0)
+        return self._solve(drive, 0)
+
+    def _solve(self, b: torch.Tensor, level: int) -> torch.Tensor:
+        steps = len(b)
+        if steps < 2:
+            return b
+        a, pairs = self.levels[level], steps // 2
+        first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+        odd = self._solve(self._advance(a[second], b[first], b[second]), level + 1)
+        later = slice(2, steps, 2)  # the even steps but the first
+        even = torch.cat([b[:1], self._advance(a[later], odd[: (steps - 1) // 2], b[later])])
+        woven = torch.stack([even[:pairs], odd], 1).flatten(0, 1)
+        return torch.cat([woven, even[pairs:]]) if steps % 2 else woven
+
+    def _advance(self, a: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return b + apply_carry(a, h) if self.matrices else torch.addcmul(b, a, h)
 
 
 def apply_carry(carry: Carry, h: torch.Tensor) -> torch.Tensor:
@@ -63,21 +104,3 @@ def apply_carry(carry: Carry, h: torch.Tensor) -> torch.Tensor:
 
 def _part(carry: Carry, at: int) -> Carry:
     return carry[at] if isinstance(carry, torch.Tensor) else carry
-
-
-def _scan(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    steps = len(b)
-    if steps < 2:
-        return b
-    pairs = steps // 2
-    first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
-    joined = a[second] @ a[first] if a.dim() > b.dim() else a[second] * a[first]
-    odd = _scan(joined, _advance(a[second], b[first], b[second]))
-    later = slice(2, steps, 2)  # the even steps but the first
-    even = torch.cat([b[:1], _advance(a[later], odd[: (steps - 1) // 2], b[later])])
-    woven = torch.stack([even[:pairs], odd], 1).flatten(0, 1)
-    return torch.cat([woven, even[pairs:]]) if steps % 2 else woven
-
-
-def _advance(a: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return b + apply_carry(a, h) if a.dim() > b.dim() else torch.addcmul(b, a, h)

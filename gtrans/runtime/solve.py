@@ -25,11 +25,12 @@ al., ICLR 2024, arXiv:2309.12252 (Newton by scans); Gonzalez et al., NeurIPS 202
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from gtrans.errors import OptionError
-from gtrans.runtime.scan import Carry, affine_scan, apply_carry
+from gtrans.runtime.scan import Carry, Scan, affine_scan, apply_carry
 
 Evaluate = Callable[[torch.Tensor, slice], torch.Tensor]
 """From all states [T, *s] and a slice of steps to the new states of those steps. The new state of
@@ -196,19 +197,27 @@ def solve_backward(
     steps, behind = len(drive), _behind(keep)
     if sweeps is None:
         return Cotangents(_step_by_step(pull, drive, behind))
-    first = w = _spread(drive, behind)
+    spread = _spread_along(keep, drive)
+    first = w = spread(drive)
     last = None
     for _ in range(min(sweeps, steps - 1)):
         sent = pull(w[1:], slice(1, steps))
-        last, w = w, first + _spread(torch.cat([sent, torch.zeros_like(sent[:1])]), behind)
+        last, w = w, first + spread(torch.cat([sent, torch.zeros_like(sent[:1])]))
     return Cotangents(w, last)
 
 
-def _spread(a: torch.Tensor, behind: Carry) -> torch.Tensor:
-    """S(a): what is carried back from every step to all before it."""
-    if not isinstance(behind, torch.Tensor) and behind == 0:
-        return a
-    return torch.cat([affine_scan(behind, a[:-1], a[-1], reverse=True), a[-1:]])
+def _spread_along(keep: Carry, drive: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """S: from a to what is carried back from every step to all before it."""
+    if not isinstance(keep, torch.Tensor):
+        return partial(_by_number, keep)
+    matrices = keep.dim() > drive.dim()
+    # The value at step t comes by the carry of step t + 1, that at the last step from nowhere.
+    carry = (keep if matrices else keep.expand_as(drive)).roll(-1, 0)
+    return Scan(carry, matrices=matrices, reverse=True)
+
+
+def _by_number(keep: float, a: torch.Tensor) -> torch.Tensor:
+    return affine_scan(keep, a, reverse=True)
 
 
 def _step_by_step(pull: Pull, drive: torch.Tensor, behind: Carry) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """Says when truncated sweeps have not settled."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,18 @@ LIMIT = 0.5
 _CHECKED_FIRST, _CHECKED_EVERY = 4, 256
 _calls: dict[str, int] = {}
 _warned: set[str] = set()
+_paused = False
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Within it nothing is looked at or counted: what runs is no training step."""
+    global _paused
+    _paused, before = True, _paused
+    try:
+        yield
+    finally:
+        _paused = before
 
 
 def watch_ratio(last: torch.Tensor, before: torch.Tensor | None, where: str, sweeps: int) -> None:
@@ -28,7 +42,7 @@ def watch_ratio(last: torch.Tensor, before: torch.Tensor | None, where: str, swe
         where: the place, for the message.
         sweeps: k.
     """
-    if before is None or where in _warned:
+    if _paused or before is None or where in _warned:
         return
     calls = _calls[where] = _calls.get(where, 0) + 1
     if calls > _CHECKED_FIRST and calls % _CHECKED_EVERY:

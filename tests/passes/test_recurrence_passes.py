@@ -4,9 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import fx, nn
 
 import gtrans
+from gtrans.analysis.recurrence_speed import RecurrenceSize
 from gtrans.errors import OptionError
 from gtrans.ir.forward import ForwardGraph
 from gtrans.passes.rule.hoist_recurrence import HoistRecurrence
@@ -42,7 +45,7 @@ def _note(model: nn.Module, x: torch.Tensor, passes: str) -> str:
 def test_each_pass_is_exact_at_its_knob(name: str) -> None:
     options = {
         "hoist-recurrence": "method=scan",
-        "highway-recurrence": "iterations=8",
+        "highway-recurrence": "iterations=8,only_where_faster=false",
         "cut-carry": "every=9",
         "stationary-feedback": "",
         "parallel-feedforward": "tolerance=0.0,method=newton",
@@ -60,7 +63,7 @@ def test_each_pass_is_exact_at_its_knob(name: str) -> None:
 def test_one_pass_sets_the_forward_and_another_the_backward() -> None:
     torch.manual_seed(0)
     model, x = Model(nn.GRU(3, 4)), torch.randn(70, 2, 3)
-    text = _note(model, x, "parallel-feedforward,highway-recurrence,cut-carry,cut-carry")
+    text = _note(model, x, "parallel-feedforward,cut-carry,highway-recurrence,highway-recurrence")
     assert text.count("matched 1, rewrote 1") >= 2
     assert "another pass has set how it runs" in text
     again = _note(model, x, "hoist-recurrence,hoist-recurrence")
@@ -80,6 +83,66 @@ def test_what_the_operator_does_not_compute_is_refused(layer: nn.RNNBase, reason
     assert "a state has more elements than max_state" in small
     short = Model(nn.GRU(3, 4))
     assert "fewer steps than min_steps" in _note(short, torch.randn(3, 2, 3), "hoist-recurrence")
+
+
+BACKWARDS = (
+    "hoist-recurrence{min_steps=1}",
+    "hoist-recurrence{min_steps=1,method=scan}",
+    "highway-recurrence{min_steps=1,iterations=2,only_where_faster=false}",
+    "cut-carry{min_steps=1,every=3}",
+    "stationary-feedback{min_steps=1}",
+)
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch's own, of the switch below
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(BACKWARDS),
+    st.sampled_from((nn.GRU, nn.LSTM, nn.RNN)),
+    st.sampled_from((1, 2, 5)),
+    st.booleans(),
+    st.sampled_from((torch.float32, torch.float64)),
+)
+def test_a_pass_over_the_backward_leaves_the_forward_to_the_bit(
+    passes: str, layer: Any, steps: int, both: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(steps)
+    model = Model(layer(3, 4, bidirectional=both)).to(dtype)
+    model.first.requires_grad_(False)
+    frozen = model.layer.get_parameter("weight_hh_l0").requires_grad_(False)
+    x = torch.randn(steps, 2, 3, dtype=dtype)
+    with torch.backends.mkldnn.flags(enabled=False):  # its LSTM rounds otherwise
+        expected = model(x).detach()
+    torch.compiler.reset()
+    found = gtrans.optimize(model, passes=passes, backend="eager")(x)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert frozen.grad is None
+    assert model.first.weight.grad is None
+    assert model.layer.get_parameter("weight_ih_l0").grad is not None
+
+
+@pytest.mark.parametrize("swept", [2e-3, 5e-3])
+def test_sweeps_are_taken_where_they_are_faster(
+    swept: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[RecurrenceSize] = []
+
+    def measured(size: RecurrenceSize, rules: tuple[Any, ...]) -> tuple[float, ...]:
+        asked.append(size)
+        assert rules == (("autograd", 0), ("loop", 0), ("sweeps", 3))
+        return 4e-3, 3e-3, swept
+
+    monkeypatch.setattr("gtrans.passes.wire.highway_recurrence.backward_seconds", measured)
+    model, x = Model(nn.LSTM(3, 4, num_layers=2)), torch.randn(20, 2, 3)
+    text = _note(model, x, "highway-recurrence{iterations=3}")
+    assert asked == [RecurrenceSize("lstm", 20, 2, 4, torch.float32, "cpu")]
+    reason = (
+        "an exact backward of this size is faster here: 3 ms by autograd or hoist-recurrence, "
+        "5 ms by sweeps"
+    )
+    assert (reason in text) == (swept == 5e-3)
+    assert ("matched 1, rewrote 1" in text) == (swept == 2e-3)
 
 
 def test_packed_sequences_are_refused() -> None:

@@ -104,10 +104,28 @@ def test_every_method_ends_in_the_states_of_the_loop(
     expected = layer(x, hx)
     exact = _gradients(layer, x, hx, expected)
     found = _run(layer, kind, x, hx, method=method, block=3)
-    assert _error(_flat(found), _flat(expected)) < 1e-9
-    assert _error(_gradients(layer, x, hx, found), exact) < 1e-8
+    assert _error(_flat(found), _flat(expected)) < 1e-10
+    assert _error(_gradients(layer, x, hx, found), exact) < 1e-10
     capped = _run(layer, kind, x, hx, method=method, block=3, max_sweeps=1)
-    assert _error(_flat(capped), _flat(expected)) < 1e-9
+    assert _error(_flat(capped), _flat(expected)) < 1e-10
+
+
+@FEW
+@given(KINDS, st.integers(1, 9), st.sampled_from((1, 3, 40)), st.integers(1, 3))
+def test_what_goes_past_and_the_rest_are_the_whole_derivative(
+    kind: str, steps: int, width: int, batch: int
+) -> None:
+    cell = CELLS[kind]
+    torch.manual_seed(steps)
+    like = torch.empty(0, dtype=torch.float64)
+    x = like.new_empty(steps, batch, cell.gates * width).normal_()
+    weight = like.new_empty(cell.gates * width, width).normal_() / width
+    before, w = like.new_empty(2, steps, batch, cell.states * width).normal_()
+    before.requires_grad_()
+    after = cell.advance(x, before, weight, None)
+    (exact,) = torch.autograd.grad(after, before, w)
+    found = cell.linearise(x, before.detach(), after.detach(), weight, None)
+    assert _error([found.pull(w), found.rest(w) + found.past * w], [exact, exact]) < 1e-12
 
 
 def test_gates_need_few_sweeps_and_newton_fewer() -> None:

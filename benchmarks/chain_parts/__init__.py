@@ -1,0 +1,1 @@
+"""Parts of the benchmarks `chain` and `chain-training`."""
