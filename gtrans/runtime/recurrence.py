@@ -331,7 +331,9 @@ def recurrent_network(
             w_ih, w_hh, *biases = weights[index * each : (index + 1) * each]
             b_ih, b_hh = biases if has_biases else (None, None)
             start = torch.cat([h[index] for h in reversed(hidden)], -1)
-            products = F.linear(x.flip(0) if direction else x, w_ih, b_ih)
+            # Flipped afterwards, as torch does: a row's rounding depends on where it stands.
+            products = F.linear(x, w_ih, b_ih)
+            products = products.flip(0) if direction else products
             states = recurrence(products, start, w_hh, b_hh, *options)
             last.append(states[-1])
             width = w_hh.shape[-1]
