@@ -61,7 +61,9 @@ def _stacks(device: str) -> None:
         cells = []
         with torch.no_grad():
             for method in ("jacobi", "picard"):
-                found = (parallel_stack(blocks, x, method=method, tolerance=t)[1] for t in _LIMITS)
+                found = (
+                    parallel_stack(list(blocks), x, method=method, tolerance=t)[1] for t in _LIMITS
+                )
                 cells.append("/".join(str(how.sweeps) for how in found))
         table.row("residual", depth, *cells)
     for depth in (12, 24):
@@ -73,7 +75,8 @@ def _stacks(device: str) -> None:
         layers = layers.to(device).double()
         with torch.no_grad():
             found = (
-                parallel_dense(layers, image, method="jacobi", tolerance=t)[1] for t in _LIMITS
+                parallel_dense(list(layers), image, method="jacobi", tolerance=t)[1]
+                for t in _LIMITS
             )
             table.row("dense", depth, "/".join(str(how.sweeps) for how in found), "-")
 

@@ -47,10 +47,8 @@ class Language(nn.Module):
 def _states(layer: nn.GRU, x: torch.Tensor, *, batch_first: bool, **options: Any) -> torch.Tensor:
     batch = x.shape[0 if batch_first else 1]
     start = x.new_zeros(1, batch, layer.hidden_size)
-    weights = list(layer.parameters())
-    return recurrent_network(
-        "gru", x, start, weights, True, 1, False, batch_first, **options
-    )[0]  # fmt: skip
+    weights: list[torch.Tensor] = list(layer.parameters())
+    return recurrent_network("gru", x, start, weights, True, 1, False, batch_first, **options)[0]
 
 
 def digits(side: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
