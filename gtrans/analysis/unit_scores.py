@@ -14,6 +14,10 @@ With x_g the producer slices of an index, v_g their gradients and n_g how many e
 
 As ‖x_g‖ grows like √n_g, n_g / ‖x_g‖ is largest for large groups: the published score erases a
 residual stream before a hidden unit. 1 / ‖x_g‖ spares what much hangs on, as hesso does by ‖x_g‖.
+
+An index whose slices are zero already costs nothing: it goes first by every score over all classes,
+and does not weigh in the 2-norms. A reciprocal takes ‖x_g‖ as at least a hundredth of its mean in
+the class, so that one index near zero does not drown what tells the others apart.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -131,11 +135,19 @@ def _across(
 ) -> Scores:
     result = {name: torch.zeros_like(m.count) for name, m in found.items()}
     for weight, criterion in criteria:
-        values = {name: criterion(m) for name, m in found.items()}
+        values = {name: torch.where(m.norm > 0, criterion(m), 0.0) for name, m in found.items()}
         length = torch.cat(list(values.values())).norm().clamp(min=1e-300)
         for name, value in values.items():
             result[name] += weight * value / length
+    for name, m in found.items():
+        # Each term is at most its weight, and the weights sum to at most one.
+        result[name][m.norm == 0] = -2.0
     return result
+
+
+def _reciprocal(m: Moments) -> torch.Tensor:
+    """1 / ‖x_g‖ for every index, bounded by a hundred times that of the mean."""
+    return 1 / m.norm.clamp(min=float(m.norm.mean()) / 100 + 1e-300)
 
 
 _PER_CLASS: dict[str, Callable[[Moments], torch.Tensor]] = {
@@ -154,11 +166,11 @@ _ACROSS: dict[str, list[tuple[float, Callable[[Moments], torch.Tensor]]]] = {
     ],
     "dhspg": [
         (-0.5, lambda m: m.cosine),
-        (-0.5, lambda m: 1 / m.norm.clamp(min=1e-12)),
+        (-0.5, _reciprocal),
     ],
     "h2spg": [
         (-0.5, lambda m: m.cosine),
-        (-0.5, lambda m: m.count / m.norm.clamp(min=1e-12)),
+        (-0.5, lambda m: m.count * _reciprocal(m)),
     ],
 }
 _ACROSS["hesso-cric"] = _ACROSS["hesso"]

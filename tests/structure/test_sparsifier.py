@@ -235,3 +235,28 @@ def test_scores_follow_their_formulas_and_ignore_the_order_of_units() -> None:
             twin[name].grad = tensors[name].grad[order]
         twin["2.weight"].grad = tensors["2.weight"].grad
         torch.testing.assert_close(score([c], twin, method)[c.name], before[order])
+
+
+@pytest.mark.parametrize("method", ["hesso", "dhspg", "h2spg"])
+@pytest.mark.parametrize("size", [0.0, 1e-12])
+def test_a_unit_of_zeros_goes_first_and_leaves_the_order_of_the_others(
+    method: str, size: float
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+    tensors: dict[str, Any] = dict(model.named_parameters())
+    x = torch.randn(5, 3).double()
+    (c,) = gtrans.prune(model, x).classes
+    model(x).square().sum().backward()
+    for name in ("0.weight", "0.bias"):  # small changes of the others must show in their scores
+        tensors[name].data[5] = size
+        tensors[name].data[2] = tensors[name].data[3] * 1.05
+        tensors[name].grad[2] = tensors[name].grad[3]
+    found = score([c], tensors, method)[c.name]
+    if size == 0:
+        assert found.argmin() == 5
+        assert found[5] < -1
+    else:
+        assert found.isfinite().all()
+    larger_goes_later = found[2] - found[3]
+    assert larger_goes_later > 1e-4
