@@ -205,7 +205,7 @@ def docstrings(quick: bool, device: str) -> Task:
         tokens = torch.randint(1000, 20000, (8, 96), device=device)
         return build(), {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
-    steps = 8 if quick else 40
+    steps = 8 if quick else 80
     test = made[: 2 if quick else held_out]
     return Task("docs", build, made[held_out:], test, steps, 2e-4, served)
 
