@@ -218,7 +218,7 @@ def _at_half(task: Task, table: Table) -> float:
     model, inputs = task.served()
     plan = gtrans.prune(model.eval(), **inputs)
     slim = plan.erase(plan.select(flops=0.5, scope="local", multiple_of=16))
-    speed = _speed(slim, model, inputs, rounds=9)
+    speed = _speed(slim, model, inputs, rounds=25)
     share = _count(slim) / _count(model)
     flops = _flops(slim, inputs) / _flops(model, inputs)
     cells = ["", "", "", f"{share:.1%}", f"{flops:.1%}", f"{speed:.2f}x", ""]

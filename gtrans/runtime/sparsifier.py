@@ -31,7 +31,7 @@ PULLED = ("dhspg", "h2spg")
 """Methods whose slices are pulled to the origin; all others decay linearly."""
 CYCLES = 5
 """Cycles of HESSO-CRIC at most."""
-LOOK = 16
+LOOK = 32
 """Every so many steps DHSPG looks at what the optimizer does; dearer than to multiply."""
 
 
