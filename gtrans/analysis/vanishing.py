@@ -151,7 +151,11 @@ def _recurrent(b: dict[str, Any], zero: Zero) -> bool:
 
 
 def _both(b: dict[str, Any], zero: Zero) -> bool:
-    return b["self"] in zero and b["source"] in zero
+    return b["self"] in zero and b.get("source", b.get("src")) in zero
+
+
+def _copied(b: dict[str, Any], zero: Zero) -> bool:
+    return b["src"] in zero
 
 
 _RULES: dict[Any, Callable[[dict[str, Any], Zero], bool]] = {
@@ -162,6 +166,9 @@ _RULES: dict[Any, Callable[[dict[str, Any], Zero], bool]] = {
     aten.pad: _padded,
     aten.constant_pad_nd: _padded,
     aten.index_add: _both,
+    aten.select_scatter: _both,
+    aten.slice_scatter: _both,
+    aten.copy: _copied,
 }
 _RULES |= dict.fromkeys(
     (

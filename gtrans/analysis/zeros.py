@@ -12,6 +12,7 @@ Source: specification of zero-invariant groups in arXiv:2312.09411 made into a s
 """
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,7 +37,13 @@ NONE: Zeros = frozenset()
 
 INTERSECT = frozenset({aten.add, aten.sub, aten.subtract, aten.maximum, aten.minimum, aten.rsub})
 MULTIPLY = frozenset({aten.mul, aten.multiply, aten.logical_and})
-ZEROS = frozenset({aten.zeros, aten.new_zeros, aten.zeros_like})
+# What is left of memory that nobody has written is nobody's to read.
+ZEROS = frozenset(
+    {
+        *(aten.zeros, aten.new_zeros, aten.zeros_like),
+        *(aten.empty, aten.new_empty, aten.empty_like),
+    }
+)
 # Of zeros these give zeros; the dimensions that they reduce or reorder are frozen.
 KEEPING = frozenset(
     {
@@ -368,6 +375,29 @@ def _index_add(
     return frozenset(here & there)
 
 
+def _copied(a: AxisAnalysis, node: fx.Node, b: dict[str, Any], state: dict[fx.Node, Any]) -> Zeros:
+    return _broadcast(state.get(b["src"], NONE), len(a.axes(b["src"])), len(a.axes(node)))
+
+
+def _select_scatter(
+    a: AxisAnalysis, node: fx.Node, b: dict[str, Any], state: dict[fx.Node, Any]
+) -> Zeros:
+    dim = b["dim"] % len(a.axes(node))
+    there = {(d + (d >= dim), t) for d, t in state.get(b["src"], NONE)}
+    return frozenset(state.get(b["self"], NONE) & there)
+
+
+def _slice_scatter(
+    a: AxisAnalysis, node: fx.Node, b: dict[str, Any], state: dict[fx.Node, Any]
+) -> Zeros:
+    dim = b["dim"] % len(a.axes(node))
+    here, there = (state.get(b[name], NONE) for name in ("self", "src"))
+    whole, part = (Counter(atoms(a.axes(v)[dim])) for v in (node, b["src"]))
+    covered = {(dim, t) for t, n in part.items() if n == whole[t]}  # nothing of `self` is left
+    beside = {(dim, t) for t in whole if t not in part}
+    return frozenset((here & there) | (there & covered) | (here & beside))
+
+
 def _where(a: AxisAnalysis, node: fx.Node, b: dict[str, Any], state: dict[fx.Node, Any]) -> Zeros:
     rank = len(a.axes(node))
     found: Zeros | None = None
@@ -420,6 +450,9 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.embedding: _embedding,
     aten.where: _where,
     aten.index_add: _index_add,
+    aten.copy: _copied,
+    aten.select_scatter: _select_scatter,
+    aten.slice_scatter: _slice_scatter,
     aten.masked_fill: _masked_fill,
     aten.pad: _pad,
     aten.constant_pad_nd: _pad,

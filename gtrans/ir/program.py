@@ -6,6 +6,7 @@ of the parameters themselves needs (knob P). Composite operators (`linear`, `lay
 `scaled_dot_product_attention`) stay whole.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -160,6 +161,7 @@ def export_program(model: nn.Module, inputs: Sequence[Any], keywords: dict[str, 
             "  Remove what depends on the values of tensors (`.item()`, `if tensor:`), or prune "
             "the submodules on their own"
         ) from errors[0]
+    exported = _without_assignments(exported)
     module = exported.graph_module
     leaves: dict[fx.Node, Leaf] = {}
     tensors: dict[fx.Node, torch.Tensor] = {}
@@ -210,6 +212,26 @@ def _at(model: nn.Module, path: str | None) -> torch.Tensor:
     if not isinstance(found, torch.Tensor):
         raise ModelError(f"{type(model).__name__} has no tensor {path!r}")
     return found
+
+
+def _without_assignments(exported: Any) -> Any:
+    """Makes `y[:, i] = x` a value of its own, a `select_scatter`, instead of a write into a view.
+
+    Where the model also writes buffers (batch norm in training) it stays as it is: those writes
+    would become further outputs.
+    """
+    own = {n for n in exported.graph.nodes if n.op == "call_function" and not ops.is_view(n)}
+    if not any(
+        ops.mutates(n) and n.args[0] not in own and ops.storage_of(n.args[0]) in own
+        for n in exported.graph.nodes
+        if n.op == "call_function"
+    ):
+        return exported
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch copies a class it has deprecated
+        functional = exported.run_decompositions({})
+    outputs = functional.graph_signature.output_specs
+    return functional if all(o.kind.name == "USER_OUTPUT" for o in outputs) else exported
 
 
 def _without_checks(module: fx.GraphModule) -> None:

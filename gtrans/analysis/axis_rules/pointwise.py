@@ -39,6 +39,7 @@ UNTAGGED = frozenset(
         aten.where,
         aten.bernoulli,
         aten.zeros_like,
+        aten.empty_like,
         aten.ones_like,
         aten.full_like,
         aten.rand_like,

@@ -238,6 +238,45 @@ def index_add(c: Context, node: fx.Node, a: dict[str, Any]) -> Axes:
     return xs
 
 
+def copied(c: Context, node: fx.Node, a: dict[str, Any]) -> Axes:
+    """A value in the shape and dtype of another."""
+    return align([c.of(a["self"]), c.of(a["src"])], "copy")
+
+
+def select_scatter(c: Context, node: fx.Node, a: dict[str, Any]) -> Axes:
+    """A value put at one index of a dimension, which must stay where it is; the others pass."""
+    xs = c.of(a["self"])
+    dim = normal(a["dim"], len(xs))
+    freeze(xs[dim], "select")
+    for axis, other in zip(xs[:dim] + xs[dim + 1 :], c.of(a["src"]), strict=True):
+        unify(axis, other)
+    return xs
+
+
+def slice_scatter(c: Context, node: fx.Node, a: dict[str, Any]) -> Axes:
+    """A value put into a range of a dimension; with a step that keeps its size."""
+    xs, source, old = c.of(a["self"]), c.of(a["src"]), shape(a["self"])
+    dim = normal(a["dim"], len(xs))
+    size, length = old[dim], shape(a["src"])[dim]
+    start = _clip(a["start"], size, 0)
+    part: Axis | None = xs[dim]
+    if length != size:
+        rest = [start, length, size - start - length]
+        cut = segment(xs[dim], rest) if a["step"] == 1 else None
+        part = None if cut is None else cut[1]
+        if cut is not None:
+            c.resize(node, "start", Total((cut[0],)))
+            c.resize(node, "end", Total((cut[0], cut[1])))
+    if part is None:
+        freeze_all([xs[dim], source[dim]], "cut across other structure")
+    for d, (axis, other) in enumerate(zip(xs, source, strict=True)):
+        if d != dim:
+            unify(axis, other)
+        elif part is not None:
+            unify(part, other)
+    return xs
+
+
 def index_select(c: Context, node: fx.Node, a: dict[str, Any]) -> Axes:
     """Indexed along one dimension, which keeps its size."""
     xs = c.of(a["self"])
@@ -380,12 +419,17 @@ RULES |= {
     aten.index_select: index_select,
     aten.gather: gather,
     aten.index_add: index_add,
+    aten.copy: copied,
+    aten.select_scatter: select_scatter,
+    aten.slice_scatter: slice_scatter,
     aten.index: index,
     aten.pixel_shuffle: pixel_shuffle,
     aten.zeros: created,
     aten.ones: created,
     aten.full: created,
     aten.new_zeros: created,
+    aten.empty: created,
+    aten.new_empty: created,
     aten.new_ones: created,
     aten.new_full: created,
 }
