@@ -91,16 +91,17 @@ class Linearised:
         through = self._spread(w, slice(gates)).flatten(-2) @ self.product
         if states == 1:
             return through
-        wide = torch.unflatten(w, -1, (states, width))
-        crossing = torch.zeros_like(wide)
-        for source in range(states):
-            for end in range(states):
+        wide = torch.unflatten(w, -1, (states, width)).unbind(-2)
+        ends: list[torch.Tensor] = []
+        for end in range(states):
+            found = through if end == states - 1 else None
+            for source in range(states):
                 if source != end:
-                    crossing[..., end, :] += (
-                        wide[..., source, :] * self.local[..., source, gates + end, :]
-                    )
-        crossing[..., -1, :] += through
-        return crossing.flatten(-2)
+                    row = self.local[..., source, gates + end, :]
+                    found = _add_product(found, wide[source], row)
+            assert found is not None  # there is a source, or it is the last end
+            ends.append(found)
+        return torch.cat(ends, -1)
 
     def _spread(self, w: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         states, width = self.local.shape[-3], self.local.shape[-1]
@@ -110,6 +111,10 @@ class Linearised:
             part = self.local[..., state, rows, :]
             spread = torch.addcmul(spread, wide[..., state : state + 1, :], part)
         return spread
+
+
+def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a * b if total is None else torch.addcmul(total, a, b)
 
 
 @dataclass(frozen=True)

@@ -148,8 +148,8 @@ def _loop(
     """w[t] = e[t] + J[t+1]^T w[t+1] in as few operators a step as there can be."""
     (steps, batch), (states, width) = drive.shape[:2], local.shape[-3::2]
     drive = drive.contiguous()
-    if states == 1 and batch * width <= _ONE_PRODUCT:
-        return _short_loop(local, product, drive)
+    if batch * local[0, 0].numel() * states * width <= _ONE_PRODUCT:
+        return _short_loop(local, product, gates, drive)
     split = (steps, batch, states, width)
     result = torch.empty_like(drive)
     result[-1].copy_(drive[-1])
@@ -168,24 +168,29 @@ def _loop(
     return result
 
 
-_ONE_PRODUCT = 128
-"""Elements of a state up to which a larger product costs less than one more call."""
+_ONE_PRODUCT = 1 << 16
+"""Multiplications of a step up to which a larger product costs less than more calls."""
 
 
-def _short_loop(local: torch.Tensor, product: torch.Tensor, drive: torch.Tensor) -> torch.Tensor:
-    """The same for a small state in one tensor: what goes past is a part of the product."""
-    batch, width = drive.shape[1:]
+def _short_loop(
+    local: torch.Tensor, product: torch.Tensor, gates: int, drive: torch.Tensor
+) -> torch.Tensor:
+    """The same for small states: what goes past, and the sum over states, are in the product."""
+    steps, batch, states, rows, width = local.shape
     result = torch.empty_like(drive)
     result[-1].copy_(drive[-1])
-    identity = torch.eye(width, dtype=product.dtype, device=product.device)
-    whole = torch.cat([product, identity])
-    rows, wide, given = result.unbind(0), result.unsqueeze(2).unbind(0), drive.unbind(0)
-    products = local.new_empty(batch, local.shape[-2], width)
+    # From all rows, of gates and of what goes past, to the states; the same for every state.
+    one = product.new_zeros(rows * width, states * width)
+    one[: gates * width, -width:] = product
+    one[gates * width :].fill_diagonal_(1.0)
+    whole = one.repeat(states, 1)
+    coefficients, given, next_ = local.unbind(0), drive.unbind(0), result.unbind(0)
+    wide = result.view(steps, batch, states, 1, width).unbind(0)
+    products = torch.empty_like(coefficients[0])
     flat = products.view(batch, -1)
-    coefficients = local[:, :, 0].unbind(0)
-    for t in range(len(drive) - 1, 0, -1):
+    for t in range(steps - 1, 0, -1):
         torch.mul(wide[t], coefficients[t], out=products)
-        torch.addmm(given[t - 1], flat, whole, out=rows[t - 1])
+        torch.addmm(given[t - 1], flat, whole, out=next_[t - 1])
     return result
 
 
