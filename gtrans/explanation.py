@@ -49,8 +49,8 @@ class SavedRow:
 
     @property
     def in_memory_anyway(self) -> bool:
-        """Whether they are parameters or buffers, which cost nothing to keep."""
-        return self.example.kind in ("parameter", "buffer")
+        """Whether they are parameters or buffers, or on the host: they take nothing more."""
+        return self.example.kind in ("parameter", "buffer", "host")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for `--json`."""

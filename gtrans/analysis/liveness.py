@@ -99,10 +99,10 @@ class Liveness:
     def storages(self) -> Iterator[Storage]:
         """Every storage of the step, in the order of allocation."""
         constants = self.schedule.constants
-        for ((owner, _), value), last in zip(
+        for ((owner, size), value), last in zip(
             self._storages.valued(), self._storages.last, strict=True
         ):
-            yield Storage(value, 0 if owner in constants else owner, last)
+            yield Storage(value if size else None, 0 if owner in constants else owner, last)
 
     def workspace(self) -> dict[int, int]:
         """Bytes that kernels take while they run, by task; tasks without any are left out."""
@@ -262,6 +262,8 @@ def _find_facts(node: fx.Node) -> Facts:
         return (), 0, None
     if (shared := _written_argument(node)) is not None:
         return (), shared, None
+    if ops.is_on_host(node):
+        return (0,), None, None
     if node.op == "get_attr":
         val = node.meta.get("val", getattr(node.graph.owning_module, str(node.target), None))
     if isinstance(val, (tuple, list)):

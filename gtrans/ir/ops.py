@@ -153,6 +153,18 @@ def storage_of(node: fx.Node) -> fx.Node:
     return node
 
 
+def is_host_copy(node: fx.Node) -> bool:
+    """Whether the node copies a value from a device to its host, or back."""
+    op = overload(node)
+    return op is not None and op.name() in ("gtrans::to_host", "gtrans::to_device")
+
+
+def is_on_host(node: fx.Node) -> bool:
+    """Whether a value lies in memory of the host that the device has nothing of."""
+    op = overload(storage_of(node))
+    return op is not None and op.name() == "gtrans::to_host"
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether two runs of the node may give different results.
 

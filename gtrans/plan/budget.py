@@ -6,8 +6,9 @@ The front does not depend on the budget, so peak and predicted time are monotone
 that counts is the one of the graph with the plan written into it; where a plan takes an offer of a
 pass, whose function is only known then, it is checked on a copy first. Where a plan of the front
 fits but is not the fastest one, a faster one that fits with its wide regions taken by rows (see
-`gtrans.plan.streamed`) is preferred to it. Where a pass rebuilds streams of a reversible network,
-that is done for none, some or all blocks (see `gtrans.plan.inversion`), whichever is fastest.
+`gtrans.plan.streamed`), or with values on the host (`gtrans.plan.offloaded`), is preferred to it.
+Where a pass rebuilds streams of a reversible network, that is done for none, some or all blocks
+(see `gtrans.plan.inversion`), whichever is fastest.
 """
 
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from gtrans.plan.alive import alive_rows, listed
 from gtrans.plan.cut import read_directly
 from gtrans.plan.front import Front
 from gtrans.plan.inversion import Variant, variants
+from gtrans.plan.offloaded import Offloaded, fastest_offloaded, offloaded_plans
 from gtrans.plan.realise import write
 from gtrans.plan.rebuild import Candidate, Choice, Rebuilder
 from gtrans.plan.streamed import (
+    Streamed,
     fastest_streamed,
     same_choice,
     streamed_plans,
@@ -49,6 +52,8 @@ class Fit:
         regions: how many regions are computed a few rows at a time.
         inverted: how many blocks have their streams rebuilt, of `blocks`.
         blocks: for how many blocks a pass offered that.
+        on_host: how many saved values wait on the host.
+        host_bytes: of all of them.
     """
 
     candidate: Candidate
@@ -60,6 +65,8 @@ class Fit:
     regions: int = 0
     inverted: int = 0
     blocks: int = 0
+    on_host: int = 0
+    host_bytes: int = 0
 
 
 def plain_liveness(joint: JointGraph) -> Liveness:
@@ -110,6 +117,8 @@ def fit(joint: JointGraph, budget: Budget, device: Device) -> Fit:
         found.streamed.regions if found.streamed is not None else 0,
         found.variant.inverted,
         found.variant.blocks,
+        found.offloaded.count if found.offloaded is not None else 0,
+        found.offloaded.bytes if found.offloaded is not None else 0,
     )
 
 
@@ -120,6 +129,7 @@ class _Search:
         best: the front of the variant.
         fits: whether any plan does; if none does, `candidate` is the one with the lowest peak.
         streamed: the plan with regions taken by rows, if that is the fastest one.
+        offloaded: the plan with values on the host, if that is.
     """
 
     def __init__(self, variant: Variant, device: Device, room: int) -> None:
@@ -130,13 +140,18 @@ class _Search:
         fitting = next((c for c in self.best if self._peak_within(c, room) <= room), None)
         than = fitting.seconds if fitting is not None else float("inf")
         self.streamed = fastest_streamed(self.front, room, than, device)
-        self.fits = fitting is not None or self.streamed is not None
-        chosen = self.streamed.candidate if self.streamed is not None else fitting
+        than = min(than, self.streamed.seconds if self.streamed is not None else than)
+        self.offloaded = fastest_offloaded(self.front, room, than, device)
+        if self.offloaded is not None:
+            self.streamed = None
+        special = self.offloaded or self.streamed
+        self.fits = fitting is not None or special is not None
+        chosen = special.candidate if special is not None else fitting
         self.candidate = chosen or min(self.best, key=lambda c: self.peaks[id(c)])
         self.peak = self.peaks[id(self.candidate)]
         self.seconds = self.candidate.seconds
-        if self.streamed is not None:
-            self.peak, self.seconds = self.streamed.peak, self.streamed.seconds
+        if special is not None:
+            self.peak, self.seconds = special.peak, special.seconds
 
     @property
     def lowest_peak(self) -> int:
@@ -152,6 +167,8 @@ class _Search:
         count = write(joint, schedule)
         for _ in range(self.streamed.rounds if self.streamed is not None else 0):
             take_by_rows(joint)
+        if self.offloaded is not None:
+            self.offloaded.write(joint)
         return count
 
     def _peak_within(self, candidate: Candidate, room: int) -> int:
@@ -183,10 +200,13 @@ def _peak_when_written(joint: JointGraph, choice: Choice) -> int:
 def _infeasible(search: _Search, plain: int, limit: int, budget: Budget) -> str:
     front, candidate, peak = search.front, search.candidate, search.peak
     liveness = front.simulate(front.schedule(candidate))
-    for streamed in streamed_plans(front.joint, candidate, front.device):
-        if streamed.peak < peak:
-            peak = streamed.peak
-            liveness = simulate(schedule_of(streamed.written_copy(front.joint)))
+    special: list[Streamed | Offloaded] = [*streamed_plans(front.joint, candidate, front.device)]
+    for c in search.best if front.device.host_bytes_per_s else ():
+        special += offloaded_plans(front.joint, c, front.device)
+    lowest = min(special, key=lambda plan: plan.peak, default=None)
+    if lowest is not None and lowest.peak < peak:
+        peak = lowest.peak
+        liveness = simulate(schedule_of(lowest.written_copy(front.joint)))
     held = front.joint.surroundings.held_bytes
     reached = int((peak + held) / (1 - front.joint.surroundings.slack))
     node = liveness.peak_node

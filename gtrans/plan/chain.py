@@ -140,9 +140,15 @@ class Chain:
                 save |= self.crossing[i]
         save |= {n for o in options for n in o.choice.save if n not in self.waists.position}
         window = max(o.choice.window for o in options)
+        dropped = frozenset(
+            (node, position)
+            for i, number in enumerate(assignment)
+            for node, position in options[number].choice.dropped
+            if node in self._nodes[i]
+        )
         if all(options[number].choice.hold is None for number in assignment):
-            return Choice(frozenset(save))
-        return Choice(frozenset(save), frozenset(hold), window)
+            return Choice(frozenset(save), dropped=dropped)
+        return Choice(frozenset(save), frozenset(hold), window, dropped)
 
     def _segments_of_backward(self, joint: JointGraph) -> dict[fx.Node, int]:
         """The segment that a backward node belongs to: that of its operator's forward."""

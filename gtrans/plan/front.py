@@ -6,18 +6,21 @@ Candidates, each turned into a schedule, simulated for its true peak and timed b
 2. Minimum cuts over a sweep of the price of a second of recomputation, with growing classes of
    operators that may run again: pointwise and row-wise; everything but draws, effects, collectives;
    the same with products dear and all else next to free.
-3. Segments between narrow places of the forward: only what crosses them is kept, or besides it
-   what is dear to compute again. Inside a segment that is computed again all values wait for their
-   reader, or only those that autograd would save and are dear.
+3. Segments between narrow places of the forward, also within one another: only what crosses them
+   is kept, or besides it what is dear to compute again. Inside a segment that is computed again all
+   values wait for their reader, or only those that autograd would save and are dear.
 4. Mixtures of these, another one for every segment, by a dynamic program over the chain of segments
    (`gtrans.plan.chain`) for a range of peaks.
-5. Local search: a value that is alive at the peak is saved no longer, or a value that costs most to
-   compute again is saved.
+5. Local search: a value that is alive at the peak is saved no longer, or let go of there and
+   computed again for its next reader; or a value that costs most to compute again is saved. In a
+   small graph every value is tried.
 
 The list does not depend on any budget, so that a larger budget never gives a slower plan.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 from torch import fx
@@ -42,6 +45,8 @@ Weight = Callable[[fx.Node], float | None]
 """By how much dearer than its seconds a node is; None forbids to run it again."""
 
 _SEGMENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
+# Segments, and segments within them.
+_NESTED = ((2, 6), (2, 12), (3, 12), (4, 16), (6, 48), (8, 64))
 # Prices of a second of recomputation, in saved bytes, relative to (bytes autograd keeps) / (seconds
 # of the forward).
 _PRICES = (0.02, 0.1, 0.3, 0.6, 1.0, 1.6, 2.5, 4.0)
@@ -56,6 +61,8 @@ _SHARE = 0.5
 _WINDOW = 8
 # Simulations: so many tasks in all, but not fewer or more simulations than this.
 _TASKS, _FEWEST, _MOST = 500_000, 70, 180
+# Graphs of so few forward operators are searched further, with so many simulations.
+_SMALL, _MANY = 12, 600
 
 
 class _Uniform(NamedTuple):
@@ -95,7 +102,10 @@ class Front:
         self._plain = frozenset(read_directly(joint))
         self.waists = Waists(joint, self._plain)
         nodes = max(1, len(joint.graph.nodes))
-        self.left = max(_FEWEST, min(_MOST, _TASKS // (2 * nodes)))
+        self._values = [n for n in self._seconds if joint.is_forward(n) and _is_savable(n)]
+        self.is_small = len(self._values) <= _SMALL
+        most = _MANY if self.is_small else _MOST
+        self.left = max(_FEWEST, min(most, _TASKS // (2 * nodes)))
         key = store.key_of(joint, (self._seconds, self._offer_seconds, self._workspaces))
         known = store.load(joint, key) if stored else None
         if known:
@@ -166,65 +176,90 @@ class Front:
             for price in _INNER_PRICES:
                 label = f"{len(at) + 1} segments at price {price:g}"
                 yield _Uniform(label, _CLASSES["all"], price * rate, crossing, held, at)
+        yield from self._nested(rate)
+
+    def _nested(self, rate: float) -> Iterator[_Uniform]:
+        """Segments within segments: inner boundaries are computed again once, and wait."""
+        seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+        for count, inner_count in _NESTED:
+            at, inner = self.waists.boundaries(count), self.waists.boundaries(inner_count)
+            if not at or len(inner) < 2 * len(at) or (at, inner) in seen:
+                continue
+            seen.add((at, inner))
+            crossing, waiting = (
+                frozenset(v for p in some for v in self.waists.values_at(p)) for some in (at, inner)
+            )
+            label = f"{len(at) + 1} segments of {(len(inner) + 1) / (len(at) + 1):.0f} each"
+            price = _INNER_PRICES[0] * rate
+            yield _Uniform(label, _CLASSES["all"], price, crossing, waiting, at)
 
     def _mixtures(self) -> None:
-        chain = Chain(self.joint, self.waists, self.waists.boundaries(_LENGTH))
-        if chain.length < 2:
+        segments = Chain(self.joint, self.waists, self.waists.boundaries(_LENGTH))
+        if segments.length < 2:
             return
-        options = [self._option(chain, c) for c in self._options()]
+        options = [self._option(segments, c) for c in self._options()]
         lowest = 0.8 * min(c.peak for c in self.candidates)
         highest = self.candidates[0].peak
         constants = self.simulate(self.schedule(self.candidates[0])).constant_bytes
         rooms = min(_ROOMS, 2 * self.left // 3)
         for i in range(rooms):
             room = lowest + (highest - lowest) * i / rooms - constants
-            found = chain.solve(options, room)
+            found = segments.solve(options, room)
             if found is not None:
                 used = len(set(found))
-                label = f"{chain.length} segments of {used} kinds"
-                self._try(label, chain.mixed(options, found))
+                label = f"{segments.length} segments of {used} kinds"
+                self._try(label, segments.mixed(options, found))
 
     def _options(self) -> list[Candidate]:
         """The candidates to mix: the front first, then those that are near it."""
+        return [*_spread(self.best(), _OPTIONS // 2), *self._near_front()][:_OPTIONS]
+
+    def _near_front(self) -> list[Candidate]:
+        """The candidates that another one beats, the closest ones first."""
         front = self.best()
         rest = [c for c in self.candidates if c not in front]
         rest.sort(key=lambda c: min(max(c.peak / f.peak, c.seconds / f.seconds) for f in front))
-        return [*_spread(front, _OPTIONS // 2), *rest][:_OPTIONS]
+        return rest
 
-    def _option(self, chain: Chain, candidate: Candidate) -> Option:
+    def _option(self, segments: Chain, candidate: Candidate) -> Option:
         schedule = self.schedule(candidate)
-        return chain.option(candidate.choice, schedule, self.simulate(schedule), self._task_seconds)
+        return segments.option(
+            candidate.choice, schedule, self.simulate(schedule), self._task_seconds
+        )
 
     def _local_search(self) -> None:
         tried: set[Choice] = set()
         while self.left > 0:
             fresh = [c for c in self.best() if c.choice not in tried]
+            if not fresh and self.is_small:
+                fresh = [c for c in self._near_front() if c.choice not in tried][:8]
             if not fresh:
                 return
             for c in _spread(fresh, 8):
                 tried.add(c.choice)
-                for choice in self._moves(c):
+                for choice in chain(self._moves(c), self._flips(c) if self.is_small else ()):
                     self._try(
                         c.label.removesuffix(", improved") + ", improved", choice, c.boundaries
                     )
 
     def _moves(self, candidate: Candidate) -> Iterator[Choice]:
         choice, schedule = candidate.choice, self.schedule(candidate)
-        alive = self.simulate(schedule).alive()
+        liveness = self.simulate(schedule)
+        alive = liveness.alive()
         saved = [
             a.node for a in alive if a.role == "saved" and not self.rebuilder.must_save(a.node)
         ]
         for node in saved[:3]:
-            yield Choice(choice.save - {node}, choice.hold, choice.window)
+            yield replace(choice, save=choice.save - {node})
             if len(like := frozenset(n for n in saved if _kind(n) == _kind(node))) > 1:
-                yield Choice(choice.save - like, choice.hold, choice.window)
+                yield replace(choice, save=choice.save - like)
         waiting = [a.node for a in alive if a.role == "recomputed"]
         hold = frozenset(t.node for t in schedule.again) if choice.hold is None else choice.hold
         for node in waiting[:2]:
             if node in hold:
-                yield Choice(choice.save, hold - {node}, choice.window)
+                yield replace(choice, hold=hold - {node})
             elif choice.window:
-                yield Choice(choice.save, hold, 0)
+                yield replace(choice, hold=hold, window=0)
         again = sorted(
             {t.node for t in schedule.again if _is_savable(t.node)},
             key=lambda n: -self._seconds[n] / max(1, tensor_bytes(n.meta["val"])),
@@ -232,7 +267,24 @@ class Front:
         for dearest in again[:1]:
             same = [n for n in again if _kind(n) == _kind(dearest)]
             for count in sorted({1, -(-len(same) // 2), len(same)}):
-                yield Choice(choice.save.union(same[:count]), choice.hold, choice.window)
+                yield replace(choice, save=choice.save.union(same[:count]))
+        position = _position_of_peak(liveness)
+        if position is not None:
+            for node in [*saved, *waiting][: None if self.is_small else 2]:
+                yield replace(choice, dropped=choice.dropped | {(node, position)})
+
+    def _flips(self, candidate: Candidate) -> Iterator[Choice]:
+        """Every choice that differs by one value, or by how long values wait."""
+        choice = candidate.choice
+        hold = frozenset(self._values) if choice.hold is None else choice.hold
+        for node in self._values:
+            yield replace(choice, save=choice.save ^ {node})
+            yield replace(choice, hold=hold ^ {node})
+        for window in (0, 1, 2, _WINDOW):
+            yield replace(choice, hold=hold, window=window)
+        for position in range(1, len(self.rebuilder.backward)):
+            for node in self._values:
+                yield replace(choice, dropped=choice.dropped ^ {(node, position)})
 
     def _try(self, label: str, choice: Choice, boundaries: tuple[int, ...] = ()) -> None:
         if choice in self._tried or (self.left <= 0 and self.candidates):
@@ -283,6 +335,15 @@ class Front:
 
     def _at(self, node: fx.Node) -> int:
         return self.waists.position.get(node, -1)
+
+
+def _position_of_peak(liveness: Liveness) -> int | None:
+    """The number of the backward node that runs at the peak, or for which something runs again."""
+    schedule, at = liveness.schedule, liveness.peak_task
+    if at < schedule.boundary:
+        return None
+    before = schedule.tasks[schedule.boundary : at]
+    return sum(t.node.op == "call_function" and not t.again for t in before)
 
 
 def _spread(items: Sequence[_T], count: int) -> list[_T]:

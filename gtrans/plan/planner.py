@@ -119,6 +119,11 @@ class Plan(Pass[JointGraph]):
             stats.notes.append(
                 f"inversion: the streams of {fitted.inverted} of {fitted.blocks} blocks are rebuilt"
             )
+        if fitted.on_host:
+            stats.notes.append(
+                f"offload: {fitted.on_host} values ({human(fitted.host_bytes)}) wait on the host; "
+                f"their copies hide behind what {device.name} computes"
+            )
         if fitted.regions:
             stats.notes.append(f"{fitted.regions} wide regions are computed a few rows at a time")
             stats.contract = Exact(bitwise=False)  # sums over rows are taken chunk by chunk

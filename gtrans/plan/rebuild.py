@@ -43,11 +43,14 @@ class Choice:
         hold: recomputed values that wait for their last reader; None lets all wait.
         window: how many backward nodes apart two readers of any other recomputed value may be to
             share it.
+        dropped: values that are let go of before the backward node of this number, saved or not,
+            and computed again should a later one want them.
     """
 
     save: frozenset[fx.Node]
     hold: frozenset[fx.Node] | None = None
     window: int = 0
+    dropped: frozenset[tuple[fx.Node, int]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,12 @@ class _Run:
         self.choice = choice
         self.tasks: list[tuple[fx.Node, list[fx.Node | int], bool]] = []
         self.made: dict[fx.Node, int] = {}
+        self.made_at: dict[fx.Node, int] = {}
         self.read_at: dict[fx.Node, int] = {}
         self.cut: set[fx.Node] = set()
+        self.drops: dict[fx.Node, list[int]] = {}
+        for node, position in choice.dropped:
+            self.drops.setdefault(node, []).append(position)
         self.limit = _MOST_TASKS * len(owner.joint.graph.nodes)
 
     def schedule(self) -> Schedule | None:
@@ -186,7 +193,7 @@ class _Run:
         """The saved value, or the task that holds it; computed again if it is not at hand."""
         if self._at_hand(value, position):
             self.read_at[value] = position
-            return self._reference(value)
+            return self._reference(value, position)
         stack: list[fx.Node] = [value]
         on_stack = {value}
         while stack:
@@ -202,35 +209,47 @@ class _Run:
                 sources = self.owner.recipe(top)
                 for n in sources:
                     self.read_at[n] = position
-                reads = [self._reference(n) for n in sources]
+                reads = [self._reference(n, position) for n in sources]
                 self.made[top] = self._add(top, reads, True)
-                self.read_at[top] = position
+                self.made_at[top] = self.read_at[top] = position
                 on_stack.discard(stack.pop())
                 continue
             if missing in on_stack:
                 raise PlanError(f"{missing.name} would have to be recomputed from itself")
             on_stack.add(missing)
             stack.append(missing)
-        return self._reference(value)
+        return self._reference(value, position)
 
     def _at_hand(self, node: fx.Node, position: int) -> bool:
-        if node in self.cut:
+        if node in self.cut and not self._is_dropped(node, -1, position):
             return True
-        if node in self.made:
+        if node in self.made and not self._is_dropped(node, self.made_at[node], position):
             hold = self.choice.hold
             if hold is None or node in hold:
                 return True
             if position - self.read_at[node] <= self.choice.window:
                 return True
             return self.owner.is_small(node)
+        if self._is_dropped(node, -1, position):
+            return False
         save = node in self.choice.save and self.owner.may_save(node)
         if save or self.owner.must_save(node):
             self.cut.add(node)
             return True
         return False
 
-    def _reference(self, node: fx.Node) -> fx.Node | int:
-        return node if node in self.cut else self.made[node]
+    def _is_dropped(self, node: fx.Node, since: int, position: int) -> bool:
+        """Whether a value that was at hand at one backward node is let go of by another one."""
+        drops = self.drops.get(node)
+        return (
+            drops is not None
+            and any(since < d <= position for d in drops)
+            and not self.owner.must_save(node)
+        )
+
+    def _reference(self, node: fx.Node, position: int) -> fx.Node | int:
+        saved = node in self.cut and not self._is_dropped(node, -1, position)
+        return node if saved else self.made[node]
 
     def _add(self, node: fx.Node, reads: list[fx.Node | int], again: bool) -> int:
         self.tasks.append((node, reads, again))

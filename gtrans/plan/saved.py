@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.ops import storage_of
 from gtrans.ir.printer import target_name
@@ -21,7 +22,8 @@ class SavedValue:
         operator: what computed it ("aten.addmm.default").
         shape: type and sizes, ``f32[8, 64]``.
         bytes: size of its storage.
-        kind: "activation", "input", "parameter" or "buffer"; only the first two cost memory.
+        kind: "activation", "input", "parameter", "buffer" or "host"; only the first two cost memory
+            of the device.
         location: line of the user's model.
         readers: operators of the backward that read it.
         dtype: of its elements, "float32".
@@ -70,12 +72,14 @@ def saved_storages(joint: JointGraph, cut: Iterable[fx.Node]) -> list[fx.Node]:
     return [
         owner
         for owner in dict.fromkeys(map(storage_of, cut))
-        if owner.op != "placeholder" or joint.input_of(owner).kind not in ("parameter", "buffer")
+        if not ops.is_on_host(owner)
+        and (owner.op != "placeholder" or joint.input_of(owner).kind not in ("parameter", "buffer"))
     ]
 
 
 def _describe(joint: JointGraph, node: fx.Node, why: str) -> SavedValue:
-    kind = joint.input_of(node).kind if node.op == "placeholder" else "activation"
+    kind = "host" if ops.is_on_host(node) else "activation"
+    kind = joint.input_of(node).kind if node.op == "placeholder" else kind
     name = joint.input_of(node).name if node.op == "placeholder" else node.name
     return SavedValue(
         name=name,

@@ -61,7 +61,8 @@ def load(joint: JointGraph, key: str) -> list[Candidate] | None:
 
     def candidate(row: dict[str, Any]) -> Candidate:
         hold = None if row["hold"] is None else named(row["hold"])
-        choice = Choice(named(row["save"]), hold, row["window"])
+        dropped = frozenset((nodes[i], position) for i, position in row["dropped"])
+        choice = Choice(named(row["save"]), hold, row["window"], dropped)
         return Candidate(row["label"], choice, row["peak"], row["seconds"])
 
     try:
@@ -79,6 +80,7 @@ def save(joint: JointGraph, key: str, candidates: Iterable[Candidate]) -> None:
             "save": sorted(number[n] for n in c.choice.save),
             "hold": None if c.choice.hold is None else sorted(number[n] for n in c.choice.hold),
             "window": c.choice.window,
+            "dropped": sorted([number[n], position] for n, position in c.choice.dropped),
             "peak": c.peak,
             "seconds": c.seconds,
         }

@@ -115,7 +115,8 @@ def same_choice(choice: Choice, joint: JointGraph, twin: JointGraph) -> Choice:
     same = dict(zip(joint.nodes, twin.nodes, strict=True))
     save = frozenset(same[n] for n in choice.save)
     hold = None if choice.hold is None else frozenset(same[n] for n in choice.hold)
-    return Choice(save, hold, choice.window)
+    dropped = frozenset((same[n], position) for n, position in choice.dropped)
+    return Choice(save, hold, choice.window, dropped)
 
 
 def take_by_rows(joint: JointGraph) -> int:
@@ -157,4 +158,4 @@ def _floor(front: Front, candidate: Candidate) -> int:
 def _kind(node: fx.Node) -> tuple[object, ...]:
     val = node.meta.get("val")
     side = runs_in(node) if node.op == "call_function" else Side.FORWARD
-    return node.target, tuple(getattr(val, "shape", ())), side
+    return node.target, tuple(map(str, getattr(val, "shape", ()))), side

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import fx, nn
 
 from gtrans.analysis.cost import Device, node_seconds
@@ -12,6 +14,7 @@ from gtrans.ir import ops
 from gtrans.ir.joint import Input, JointGraph, Signature
 from gtrans.ir.sizes import tensor_bytes
 from gtrans.plan.front import Front
+from gtrans.plan.rebuild import Choice, Rebuilder
 from tests.plan.oracle import Step, least_seconds
 
 aten = torch.ops.aten
@@ -83,23 +86,42 @@ def as_numbers(joint: JointGraph) -> Step:
     )
 
 
-def test_never_below_the_optimum_and_mostly_within_ten_percent_of_it() -> None:
-    """The planner's choices are a heuristic: some graphs have a plan that it does not see."""
-    ratios: list[float] = []
-    for seed in range(30):
-        joint = built(random_values(seed))
-        step, front = as_numbers(joint), Front(joint, DEVICE)
-        best = front.best()
-        base, plain, smallest = sum(step.seconds), front.candidates[0].peak, best[-1].peak
-        for share in (0.0, 0.25, 0.5, 0.75):
-            budget = smallest + share * (plain - smallest)
-            extra = least_seconds(step, budget)
-            assert extra is not None  # the planner's own plan is one
-            found = min(c.seconds for c in best if c.peak <= budget)
-            assert base + extra <= found * (1 + 1e-9)  # or the two disagree about a plan
-            ratios.append(found / (base + extra))
-    assert sum(r <= 1.1 for r in ratios) >= 0.95 * len(ratios), sorted(ratios)[-12:]
-    assert max(ratios) <= 1.5
+@settings(max_examples=40, derandomize=True)
+@given(st.integers(0, 10**6))
+def test_within_ten_percent_of_the_optimum_and_never_below_it(seed: int) -> None:
+    """Of random graphs, at budgets all over what the planner reaches."""
+    joint = built(random_values(seed))
+    step, front = as_numbers(joint), Front(joint, DEVICE)
+    best = front.best()
+    base, plain, smallest = sum(step.seconds), front.candidates[0].peak, best[-1].peak
+    for share in (0.0, 0.25, 0.5, 0.75):
+        budget = smallest + share * (plain - smallest)
+        extra = least_seconds(step, budget)
+        assert extra is not None  # the planner's own plan is one
+        found = min(c.seconds for c in best if c.peak <= budget)
+        assert base + extra <= found * (1 + 1e-9)  # or the two disagree about a plan
+        assert found <= 1.1 * (base + extra)
+
+
+def test_what_is_dropped_is_computed_again_for_a_later_reader() -> None:
+    """a and b are read last, by 3 and 4: in between b may be let go of, saved or not."""
+    values = [Value(40, (), True, True), Value(30, (), False, True), Value(60, (), True, True)]
+    joint = built(values)
+    a, b, c = joint.calls(aten.mm.default, aten.add.Tensor)
+    rebuilder = Rebuilder(joint)
+    kept = rebuilder.schedule(Choice(frozenset((a, b, c))))
+    dropped = rebuilder.schedule(Choice(frozenset((a, b, c)), dropped=frozenset({(b, 1)})))
+    early = rebuilder.schedule(Choice(frozenset((a, b, c)), dropped=frozenset({(b, 0)})))
+    assert kept is not None
+    assert dropped is not None
+    assert early is not None
+    assert [t.node for t in kept.again] == []
+    assert [t.node for t in dropped.again] == [b]
+    assert [t.node for t in early.again] == [b]
+    assert b not in early.cut
+    held = rebuilder.schedule(Choice(frozenset((a, c)), dropped=frozenset({(joint.primals[0], 1)})))
+    assert held is not None
+    assert joint.primals[0] not in {t.node for t in held.again}  # an input cannot be had again
 
 
 def test_the_program_on_a_graph_that_is_solved_by_hand() -> None:
