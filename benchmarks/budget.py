@@ -5,11 +5,8 @@ parameters, buffers and inputs included, on the eager backend and under Inductor
 own plain peak. Targets: the measured peak is under the budget in every accepted case, and peak and
 predicted time are monotone in it. A budget that is refused is shown with the smallest peak that
 gtrans says it can reach.
-
-GTRANS_BENCH_BACKENDS=eager and GTRANS_BENCH_MODELS=vit,unet leave the others out.
 """
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +16,7 @@ from itertools import pairwise
 import torch
 
 import gtrans
-from benchmarks.networks import networks, resident_bytes, step_of
+from benchmarks.networks import BACKENDS, is_chosen, networks, resident_bytes, step_of
 from benchmarks.table import Table, verdict
 from benchmarks.zoo import Built
 from gtrans.analysis.measure import measured_peak
@@ -28,7 +25,6 @@ from gtrans.explanation import Explanation
 
 _SHARES = (0.8, 0.6, 0.4, 0.3, 0.2)
 _QUICK = ("llama", "unet")
-_BACKENDS = ("eager", "inductor")
 _MIB = 2**20
 
 
@@ -56,14 +52,12 @@ def main(quick: bool, device: str) -> int:
         ["model", "backend", "share", "budget", "predicted", "measured", "time", "planned in"],
         [8, 10, 7, 12, 12, 12, 8, 12],
     )
-    chosen = os.environ.get("GTRANS_BENCH_MODELS", "").split(",")
-    backends = os.environ.get("GTRANS_BENCH_BACKENDS", "").split(",")
     outcome = Outcome()
     for name, build in networks(quick).items():
-        if (quick and name not in _QUICK) or (chosen[0] and name not in chosen):
+        if (quick and name not in _QUICK) or not is_chosen(name):
             continue
-        for backend in _BACKENDS[:1] if quick else _BACKENDS:
-            if not backends[0] or backend in backends:
+        for backend in BACKENDS[:1] if quick else BACKENDS:
+            if is_chosen(backend):
                 _budgets(table, outcome, name, backend, quick, partial(_measured, build, device))
     return verdict(not outcome.exceeded and not outcome.crooked, str(outcome))
 

@@ -1,5 +1,9 @@
-"""The six networks that memory figures are about, in sizes for two cores."""
+"""The six networks that memory figures are about, in sizes for two cores.
 
+GTRANS_BENCH_MODELS=vit,unet and GTRANS_BENCH_BACKENDS=eager leave out the others of a benchmark.
+"""
+
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +11,15 @@ import torch
 from torch import nn
 
 from benchmarks.zoo import Built, UNet, huggingface, timm_model
+
+BACKENDS = ("eager", "inductor")
+
+
+def is_chosen(name: str) -> bool:
+    """Whether a model or backend takes part: all do unless the environment names some."""
+    variable = "GTRANS_BENCH_BACKENDS" if name in BACKENDS else "GTRANS_BENCH_MODELS"
+    chosen = os.environ.get(variable, "")
+    return not chosen or name in chosen.split(",")
 
 
 def networks(quick: bool) -> dict[str, Callable[[], Built]]:

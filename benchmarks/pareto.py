@@ -9,7 +9,8 @@ rival's that takes no longer than it.
 
 A Llama of 6 layers, width 256, batch 8 x 256 is looked at besides: 81 MB above what is there before
 the step in at most 1.20 of the plain time, and a plan at 65 MB. Checkpointing per block takes about
-as much memory as the first, and longer.
+as much memory as the first, and longer. With GTRANS_BENCH_BACKENDS=inductor only this one is looked
+at, everything compiled by Inductor; of GTRANS_BENCH_MODELS it is the one called "wide".
 """
 
 import statistics
@@ -21,9 +22,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 
 import gtrans
-from benchmarks.networks import networks, resident_bytes, step_of, wide_llama
+from benchmarks.networks import is_chosen, networks, resident_bytes, step_of, wide_llama
 from benchmarks.rivals import TorchBudget, checkpointed, eager_flops, product_flops
 from benchmarks.table import Table, verdict
 from benchmarks.zoo import Built
@@ -67,7 +69,8 @@ class Pair:
         label: the rival.
         rival: its run.
         own: the run of gtrans, None if it refuses that peak.
-        lower: the run of gtrans at a peak a fifth lower, None if it refuses that.
+        lower: the run of gtrans at a peak a fifth lower, None if it refuses that, or if another
+            pair of the model has one that takes no longer than its rival.
     """
 
     label: str
@@ -79,8 +82,8 @@ class Pair:
 class Bench:
     """Builds one model over and over, each time for another way to run it."""
 
-    def __init__(self, build: Build, device: str) -> None:
-        self.build, self.device = build, device
+    def __init__(self, build: Build, device: str, backend: str = "eager") -> None:
+        self.build, self.device, self.backend = build, device, backend
 
     def plain(self) -> Run:
         """Everything that the backward reads is saved."""
@@ -103,6 +106,10 @@ class Bench:
         """Torch's plan for a budget of its own kind."""
         torch._dynamo.reset()
         model, step = self._fresh()
+        if self.backend == "inductor":
+            model.compile()
+            with functorch_config.patch(activation_memory_budget=share):
+                return Run(step, self._peak(model, step), 0)
         rival = TorchBudget(share)
         rival.compile(model)
         peak = self._peak(model, step)
@@ -110,17 +117,21 @@ class Bench:
 
     @contextmanager
     def checkpointing(self, plain: Run) -> Iterator[Run]:
-        """Every block is computed again, without a compiler."""
+        """Every block is computed again, without a compiler unless that is the backend."""
         torch._dynamo.reset()
         model, step = self._fresh()
         without = eager_flops(step)
         with checkpointed(model):
+            if self.backend == "inductor":
+                model.compile()
+                yield Run(step, self._peak(model, step), 0)
+                return
             flops = round(plain.flops * eager_flops(step) / without)
             yield Run(step, self._peak(model, step), flops)
 
     def _gtrans(self, passes: str = "default", memory: int | None = None) -> Run:
         model, step = self._fresh()
-        gtrans.optimize(model, passes=passes, memory=memory, backend="eager")
+        gtrans.optimize(model, passes=passes, memory=memory, backend=self.backend)
         peak = self._peak(model, step)
         graphs = [c.rewritten for c in gtrans.report(model).training if c.rewritten]
         flops = sum(product_flops(t.node) for g in graphs for t in schedule_of(g).tasks)
@@ -157,44 +168,55 @@ def main(quick: bool, device: str) -> int:
     missed: list[str] = []
     ratios: list[float] = []
     plotted: dict[str, tuple[Run, list[Pair]]] = {}
+    if not is_chosen("eager"):
+        missed = [*_wide(Bench(wide_llama, device, "inductor"), table, "inductor")]
+        return verdict(not missed, f"under Inductor; {'; '.join(missed) or 'none missed'}")
     for name, build in networks(quick).items():
-        if quick and name not in _QUICK:
+        if (quick and name not in _QUICK) or not is_chosen(name):
             continue
         plain, pairs = _compare(name, Bench(build, device), quick, table)
         ratios += [p.own.seconds / p.rival.seconds for p in pairs if p.own]
         missed += [f"{name}: {m}" for m in _missed(pairs)]
         plotted[name] = plain, pairs
-    if not quick:
+    if not quick and is_chosen("wide"):
         missed += _wide(Bench(wide_llama, device), table)
+    if not quick and len(plotted) == len(networks(quick)):
         print(f"plot: {plot(plotted, Path(__file__).parent / 'results' / f'pareto.{device}.png')}")
-    median = statistics.median(ratios)
+    median = statistics.median(ratios) if ratios else float("nan")
     if median > 1.0:
         missed.append(f"median time ratio {median:.3f}")
     figure = f"{len(ratios)} pairs, step time x{median:.3f} of the rival's in the median"
     return verdict(not missed, f"{figure}; {'; '.join(missed) or 'no more recomputation anywhere'}")
 
 
-def _wide(bench: Bench, table: Table) -> Iterator[str]:
+def _wide(bench: Bench, table: Table, name: str = "wide") -> Iterator[str]:
     """Rows and misses of the Llama of width 256."""
-    plain = bench.plain()
+    plain = bench.torch_budget(1.0) if bench.backend == "inductor" else bench.plain()
     resident = bench.resident
     with bench.checkpointing(plain) as rival:
         own = bench.under(_WIDE_BYTES + resident)
         smallest = bench.under(_WIDE_SMALLEST + resident)
         runs = {"plain": plain, "checkpoint": rival, "81 MB": own, "65 MB": smallest}
+        if bench.backend == "inductor":
+            runs["torch 0.1"] = bench.torch_budget(0.1)
         _time(*(run for run in runs.values() if run))
     for label, run in runs.items():
         cells = ("refused",) if run is None else (
-            f"{(run.peak - resident) / 1e6:.1f} MB", "", f"{run.flops / plain.flops - 1:.1%}", "",
+            f"{(run.peak - resident) / 1e6:.1f} MB", "",
+            f"{run.flops / plain.flops - 1:.1%}" if plain.flops else "", "",
             f"{run.seconds:.4f} s", f"x{run.seconds / plain.seconds:.3f}",
         )  # fmt: skip
-        table.row("wide", label, *cells)
+        table.row(name, label, *cells)
     if own is None:
-        yield "wide: no plan at 81 MB"
+        yield f"{name}: no plan at 81 MB"
     elif own.seconds > _WIDE_TIME * plain.seconds:
-        yield f"wide: 81 MB takes x{own.seconds / plain.seconds:.2f}"
+        yield f"{name}: 81 MB takes x{own.seconds / plain.seconds:.2f}"
     if smallest is None:
-        yield "wide: no plan at 65 MB"
+        yield f"{name}: no plan at 65 MB"
+    for label, limit in (("81 MB", _WIDE_BYTES), ("65 MB", _WIDE_SMALLEST)):
+        run = runs[label]
+        if run is not None and run.peak - resident > limit:
+            yield f"{name}: {label} takes {(run.peak - resident) / 1e6:.1f} MB"
 
 
 def _compare(name: str, bench: Bench, quick: bool, table: Table) -> tuple[Run, list[Pair]]:
@@ -207,21 +229,27 @@ def _compare(name: str, bench: Bench, quick: bool, table: Table) -> tuple[Run, l
         rival = bench.torch_budget(share)
         if (rival.peak, rival.flops) not in seen:
             seen.add((rival.peak, rival.flops))
-            pairs.append(_pair(f"torch {share:g}", bench, rival))
+            pairs.append(_pair(f"torch {share:g}", bench, rival, _has_lower(pairs)))
             _show(name, table, plain, pairs[-1])
     with bench.checkpointing(plain) as rival:
-        pairs.append(_pair("checkpoint", bench, rival))
+        pairs.append(_pair("checkpoint", bench, rival, _has_lower(pairs)))
         _show(name, table, plain, pairs[-1])
     return plain, pairs
 
 
-def _pair(label: str, bench: Bench, rival: Run) -> Pair:
-    own, lower = bench.under(rival.peak), bench.under(int(_LOWER * rival.peak))
+def _pair(label: str, bench: Bench, rival: Run, has_lower: bool) -> Pair:
+    own = bench.under(rival.peak)
+    lower = None if has_lower else bench.under(int(_LOWER * rival.peak))
     _time(*(run for run in (rival, own, lower) if run))
     return Pair(label, rival, own, lower)
 
 
-def _time(*runs: Run, rounds: int = 7) -> None:
+def _has_lower(pairs: list[Pair]) -> bool:
+    """Whether one of them has a point with a lower peak that takes no longer than its rival."""
+    return any(p.lower and p.lower.seconds <= p.rival.seconds for p in pairs)
+
+
+def _time(*runs: Run, rounds: int = 6) -> None:
     """Times steps in turns; the median of each counts."""
     taken: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
@@ -254,7 +282,7 @@ def _missed(pairs: list[Pair]) -> Iterator[str]:
             yield f"above {p.label}'s peak"
         elif p.own.flops > p.rival.flops:
             yield f"more recomputation than {p.label}"
-    if not any(p.lower and p.lower.seconds <= p.rival.seconds for p in pairs):
+    if not _has_lower(pairs):
         yield f"no peak {1 - _LOWER:.0%} lower at equal time"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 import gtrans
-from benchmarks.networks import networks, resident_bytes, step_of
+from benchmarks.networks import is_chosen, networks, resident_bytes, step_of
 from benchmarks.table import Table, verdict
 from benchmarks.zoo import Built
 from gtrans.analysis.measure import measured_peak
@@ -33,7 +33,7 @@ def main(quick: bool, device: str) -> int:
     errors: dict[str, list[float]] = {backend: [] for backend in _TARGETS}
     exceeded = 0
     for name, build in networks(quick).items():
-        if quick and name not in _QUICK:
+        if (quick and name not in _QUICK) or not is_chosen(name):
             continue
         for passes in _PIPELINES:
             cells: list[str] = []

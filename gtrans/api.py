@@ -11,7 +11,8 @@ from torch import fx, nn
 from torch.optim import Optimizer
 
 from gtrans.analysis.optimizer_state import state_bytes
-from gtrans.capture import Compiler, Resident, capture_always, compiled_call
+from gtrans.capture import Compiler, capture_always, compiled_call
+from gtrans.captured import Resident
 from gtrans.debugging.crash import write_repro
 from gtrans.debugging.look import Look, to_stderr
 from gtrans.errors import CaptureError, GTransError, ModelError, OptionError

@@ -11,7 +11,8 @@ from torch import nn
 
 from gtrans.analysis.measure import interleaved_seconds, measured_peak, paired_ratio
 from gtrans.api import install, require_trainable
-from gtrans.capture import Compiler, Resident, capture_always, capture_settings
+from gtrans.capture import Compiler, capture_always, capture_settings
+from gtrans.captured import Resident
 from gtrans.comparison import default_loss
 from gtrans.errors import GTransError, ModelError, OptionError
 from gtrans.ir.sizes import human

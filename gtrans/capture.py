@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import CompileContext, TracingContext
 from torch._logging._internal import trace_structured
 
-from gtrans.contract import Contract, compose_all
-from gtrans.errors import CaptureError, GTransError, OptionError
+from gtrans.captured import Captured, Resident, parameter_bytes
+from gtrans.errors import BudgetError, CaptureError, GTransError, OptionError
 from gtrans.ir import ops
 from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.half import Backend, Half, Role, Runnable
@@ -32,57 +32,18 @@ from gtrans.ir.joint import Input, JointGraph, Signature, Surroundings
 from gtrans.ir.normal_form import normalise
 from gtrans.ir.printer import to_code
 from gtrans.ir.program import Program
-from gtrans.ir.sizes import numel, tensor_bytes
+from gtrans.ir.sizes import numel
 from gtrans.ir.source import readable_path
-from gtrans.pipeline import Gate, Graph, Observer, OnFailure, Pipeline, Step
+from gtrans.pipeline import UNDER_BUDGET, Gate, Graph, Observer, OnFailure, Pipeline, Step
 from gtrans.plan.budget import plain_liveness
 from gtrans.plan.cut import read_directly
 from gtrans.plan.planner import Plan
-from gtrans.plan.saved import SavedValue, saved_bytes, saved_values
+from gtrans.plan.saved import saved_bytes, saved_values
 from gtrans.registry import load_backend
 
 log = logging.getLogger("gtrans")
 
 OLDEST_TORCH = (2, 11)
-
-
-@dataclass
-class Captured:
-    """One graph of a model, and what became of it. A model with graph breaks has several.
-
-    Attributes:
-        index: number of the graph in the order of capture.
-        frame: Dynamo's number of the code that was captured; captured again, it has the same.
-        training: whether it has a backward; inference graphs are lowered as they are.
-        forward_steps: what the forward passes did.
-        steps: what the joint passes did.
-        original: the joint graph in normal form before any pass; None for inference.
-        rewritten: the joint graph after all passes, with its cut; None for inference.
-        saved: what is kept for the backward.
-        saved_bytes: their sum without parameters and buffers.
-        saved_bytes_before: the same if nothing had been rewritten, as autograd would.
-        own_seconds: time spent in gtrans: passes, planning, splitting, preparing for the backend.
-        lower_seconds: time spent in the backend.
-    """
-
-    index: int
-    frame: int = 0
-    training: bool = False
-    forward_steps: list[Step] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    original: JointGraph | None = None
-    rewritten: JointGraph | None = None
-    saved: list[SavedValue] = field(default_factory=list)
-    saved_bytes: int = 0
-    saved_bytes_before: int = 0
-    own_seconds: float = 0.0
-    lower_seconds: float = 0.0
-
-    @property
-    def contract(self) -> Contract:
-        """What the passes that ran on this graph promise together."""
-        ran = [s for s in (*self.forward_steps, *self.steps) if not s.error and s.stats.rewritten]
-        return compose_all([s.contract for s in ran])
 
 
 @dataclass
@@ -111,7 +72,7 @@ class Compiler:
     mode: str | None = None
     options: Mapping[str, Any] | None = None
     captured: list[Captured] = field(default_factory=list)
-    resident: "Resident | None" = None
+    resident: Resident | None = None
     on_failure: OnFailure | None = None
     first_index: int = 0
 
@@ -144,18 +105,31 @@ class Compiler:
         forward = self.pipeline.marked(forward)
         record.own_seconds += time.perf_counter() - start
         job = _Job(self, record, _inputs_of(module), len(_outputs_of(module)))
-        trace = aot_autograd(
-            fw_compiler=job.compiler("forward"),
-            bw_compiler=job.compiler("backward"),
-            inference_compiler=job.compiler("inference"),
-            partition_fn=job.partition,
-            decompositions={},
-            keep_inference_input_mutations=True,
-        )
-        # AOTAutograd's cache would return a step made by another pipeline: its key is the graph as
-        # captured, without passes. It looks a backend like this up only if it is forced to.
-        with functorch_config.patch(force_autograd_cache=False):
-            return trace(forward.module, example_inputs)
+        if self.has_budget:
+            start = time.perf_counter()
+            forward = self._with_what_pays(forward, job, example_inputs)
+            record.own_seconds += time.perf_counter() - start
+        return job.lower(forward, example_inputs)
+
+    def _with_what_pays(
+        self, forward: ForwardGraph, job: "_Job", example_inputs: Sequence[Any]
+    ) -> ForwardGraph:
+        """Lets the plan choose among forward passes that nobody asked for by name.
+
+        Whether one pays is known once both joint graphs are traced and planned, so both are.
+        """
+        for name in UNDER_BUDGET:
+            if any(p.name == name for p in self.pipeline.passes):
+                continue
+            other, (step,) = Pipeline.parse(name).run(forward, index=job.record.index)
+            if not step.stats.rewritten:
+                continue
+            with_it, without = (job.planned_seconds(f, example_inputs) for f in (other, forward))
+            if with_it is not None and (without is None or with_it < without):
+                step.stats.notes.append("called in by the plan: nothing faster fits the budget")
+                job.record.forward_steps.append(step)
+                forward = other
+        return forward
 
     def surroundings(self, record: Captured) -> Surroundings:
         """What is in memory beside a graph that was just captured.
@@ -174,8 +148,8 @@ class Compiler:
         beside = 0 if has_loss else _LOSS_BYTES
         if self.resident is not None:
             graphs = [c.original for c in earlier if c.original is not None]
-            done = sum(_parameter_bytes(g, trainable=True) for g in (*graphs, record.original))
-            beside += max(0, self.resident.bytes - _parameter_bytes(record.original))
+            done = sum(parameter_bytes(g, trainable=True) for g in (*graphs, record.original))
+            beside += max(0, self.resident.bytes - parameter_bytes(record.original))
             beside += max(0, self.resident.trainable_bytes - done)
         beside += self.reserved_bytes
         held = beside + sum(c.saved_bytes for c in earlier)
@@ -219,6 +193,35 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
+class _Planned(Exception):
+    """Ends a trace that was made for its plan alone."""
+
+    def __init__(self, seconds: float | None) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
+def _traced(
+    forward: ForwardGraph,
+    example_inputs: Sequence[Any],
+    partition: Callable[..., Any],
+    compiler: Callable[[Role], Callable[..., Any]],
+) -> Any:
+    """The step of a forward graph, traced and lowered by AOTAutograd."""
+    trace = aot_autograd(
+        fw_compiler=compiler("forward"),
+        bw_compiler=compiler("backward"),
+        inference_compiler=compiler("inference"),
+        partition_fn=partition,
+        decompositions={},
+        keep_inference_input_mutations=True,
+    )
+    # AOTAutograd's cache would return a step made by another pipeline: its key is the graph as
+    # captured, without passes. It looks a backend like this up only if it is forced to.
+    with functorch_config.patch(force_autograd_cache=False):
+        return trace(forward.module, example_inputs)
+
+
 @dataclass
 class _Job:
     """The compilation of one captured graph."""
@@ -230,6 +233,41 @@ class _Job:
     static_names: set[str] = field(default_factory=set)
     shared: dict[str, Any] = field(default_factory=dict)
     traced: int = 0
+
+    def lower(self, forward: ForwardGraph, example_inputs: Sequence[Any]) -> Any:
+        """Traces, rewrites and compiles the step of a forward graph."""
+        return _traced(forward, example_inputs, self.partition, self.compiler)
+
+    def planned_seconds(self, forward: ForwardGraph, example_inputs: Sequence[Any]) -> float | None:
+        """Predicted seconds of the plan of a forward graph; None if no plan fits.
+
+        Traces and plans, and throws the result away.
+        """
+        trial = replace(self, owner=replace(self.owner, observers=()), record=replace(self.record))
+        trial.owner.captured = self.owner.captured
+
+        def plan_only(module: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+            trial.partition(module, joint_inputs, **options)
+            assert trial.record.rewritten is not None
+            raise _Planned(self._plan.seconds(trial.record.rewritten))
+
+        def not_trained(role: Role) -> Callable[..., Any]:
+            def stop(module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+                raise _Planned(None)
+
+            return stop
+
+        try:
+            _traced(forward, example_inputs, plan_only, not_trained)
+        except _Planned as outcome:
+            return outcome.seconds
+        except BudgetError:
+            pass
+        return None
+
+    @property
+    def _plan(self) -> Plan:
+        return [p for p in self.owner.pipeline.passes if isinstance(p, Plan)][-1]
 
     def partition(
         self, module: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any
@@ -259,7 +297,7 @@ class _Job:
         )
         self.owner._warn(record.steps)
         self._trace("passes", lambda: "\n".join(f"{s.text}: {s.stats}" for s in record.steps))
-        plan = [p for p in self.owner.pipeline.passes if isinstance(p, Plan)][-1]
+        plan = self._plan
         if rewritten.cut is None:  # the plan itself failed, or a pass ran after it
             plan = Plan(recompute="none")
             plan.run(rewritten, lambda site: True)
@@ -343,28 +381,6 @@ class _Job:
         indices = list(context.fw_metadata.static_input_indices or [])
         self.static_names = {names[i] for i in indices if i < len(names)}
         return indices
-
-
-@dataclass(frozen=True)
-class Resident:
-    """What a model holds in memory all the time.
-
-    Attributes:
-        bytes: its parameters and buffers.
-        trainable_bytes: the parameters that get a gradient.
-    """
-
-    bytes: int
-    trainable_bytes: int
-
-    @staticmethod
-    def of(model: nn.Module) -> "Resident":
-        """Adds up a model's parameters and buffers, each once."""
-        parameters = list(model.parameters())
-        return Resident(
-            sum(t.nbytes for t in (*parameters, *model.buffers())),
-            sum(p.nbytes for p in parameters if p.requires_grad),
-        )
 
 
 def split(joint: JointGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -454,16 +470,6 @@ def _frame() -> int:
     compile_id = CompileContext.current_compile_id()
     number = None if compile_id is None else compile_id.frame_id
     return number or 0
-
-
-def _parameter_bytes(joint: JointGraph, *, trainable: bool = False) -> int:
-    """Bytes of a graph's parameters and buffers, or of those that get a gradient."""
-    return sum(
-        tensor_bytes(node.meta.get("val"))
-        for info, node in zip(joint.signature.inputs, joint.primals, strict=True)
-        if info.kind in ("parameter", "buffer")
-        and (not trainable or joint.gradient_of(node) is not None)
-    )
 
 
 def _is_symint(node: fx.Node) -> bool:

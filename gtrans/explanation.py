@@ -26,7 +26,7 @@ from gtrans.seeing.missed import MissedRow, missed_rows
 from gtrans.seeing.timeline import Timeline, timeline_of
 
 if TYPE_CHECKING:
-    from gtrans.capture import Captured
+    from gtrans.captured import Captured
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ ADMITTED = {
 }
 """What `allow=` puts in front of the default passes."""
 
+UNDER_BUDGET = ("chunked-loss",)
+"""Forward passes that a plan under a memory budget may call in, where that makes the step faster or
+is the only way to fit."""
+
 ALIASES = {"default": DEFAULT, "none": ""}
 
 

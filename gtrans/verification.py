@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from gtrans.api import install, require_captured, require_trainable
-from gtrans.capture import Compiler, Resident, capture_always
+from gtrans.capture import Compiler, capture_always
+from gtrans.captured import Resident
 from gtrans.comparison import (
     Comparison,
     Loss,

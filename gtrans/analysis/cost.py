@@ -41,6 +41,7 @@ from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import expression, hint
 from gtrans.memory import Budget
+from gtrans.runtime import chunked_loss  # noqa: F401  # declares the operator that is priced here
 
 aten = torch.ops.aten
 
@@ -289,8 +290,8 @@ def node_seconds(node: fx.Node, device: Device) -> float:
     flops_per_s = device.half_flops_per_s if half else device.flops_per_s
     if not ops.is_contraction(node):
         flops_per_s = max(device.flops_per_s / 8, 1.0)  # no matrix units
-    moved = node_bytes(node) / device.bytes_per_s
-    roofline = max(node_flops(node) / flops_per_s, moved)
+    moved, computed = node_bytes(node) / device.bytes_per_s, node_flops(node) / flops_per_s
+    roofline = computed + moved if node.target in _IN_TURNS else max(computed, moved)
     return _slower(node, device) * roofline + device.launch_s
 
 
@@ -318,7 +319,8 @@ def _moved(node: fx.Node, size: Size) -> Count:
     if _is_free(node):
         return 0
     values = [node.meta.get("val"), *(n.meta.get("val") for n in ops.tensor_inputs(node))]
-    return sum(t.element_size() * _numel(t, size) for v in values for t in _tensors(v))
+    moved = sum(t.element_size() * _numel(t, size) for v in values for t in _tensors(v))
+    return moved + (_IN_TURNS[node.target](node, size) if node.target in _IN_TURNS else 0)
 
 
 def _flops(node: fx.Node, size: Size) -> Count:
@@ -386,6 +388,27 @@ def _attention(first: int, products: int) -> Callable[[fx.Node, Size], Count]:
     return flops
 
 
+def _linear_loss(node: fx.Node, size: Size) -> Count:
+    """Logits, and what is wanted of their gradients by the rows and by the weight."""
+    wanted: Any = node.args[9]
+    return 2 * (1 + sum(wanted[:2])) * _logits(node, size) * size(_value(node, 1).shape[1])
+
+
+def _logits(node: fx.Node, size: Size) -> Count:
+    return size(_value(node, 0).shape[0]) * size(_value(node, 1).shape[0])
+
+
+def _logits_moved(node: fx.Node, size: Size) -> Count:
+    return _PASSES_OVER_LOGITS * _value(node, 0).element_size() * _logits(node, size)
+
+
+# Reads and writes of each logit between the products of a chunked loss.
+_PASSES_OVER_LOGITS = 8
+_LINEAR_LOSS: Any = torch.ops.gtrans.linear_cross_entropy.default
+# Kernels made of products and of passes over memory, one after the other, and the bytes that these
+# move besides inputs and outputs.
+_IN_TURNS: dict[Any, Callable[[fx.Node, Size], Count]] = {_LINEAR_LOSS: _logits_moved}
+
 _CONVOLUTIONS = {
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
@@ -407,6 +430,7 @@ _FORMULAS: dict[Any, Callable[[fx.Node, Size], Count]] = {
     aten.baddbmm.default: _product(1),
     **_CONVOLUTIONS,
     **_ATTENTION,
+    _LINEAR_LOSS: _linear_loss,
 }
 _SCATTERED = {
     aten.max_pool2d_with_indices.default,

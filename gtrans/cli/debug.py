@@ -257,7 +257,8 @@ def _looked(
 ) -> "tuple[list[Step], float]":
     """Runs one step on a copy of the model; prints or collects what the passes do."""
     from gtrans.api import install
-    from gtrans.capture import Compiler, Resident, capture_always
+    from gtrans.capture import Compiler, capture_always
+    from gtrans.captured import Resident
     from gtrans.debugging.crash import write_repro
     from gtrans.registry import load_backend
     from gtrans.verification import in_dtype, private_copy, training_step

@@ -15,7 +15,8 @@ from torch import fx, nn
 
 from gtrans.api import install
 from gtrans.backends.eager import Eager
-from gtrans.capture import Captured, Compiler, capture_always
+from gtrans.capture import Compiler, capture_always
+from gtrans.captured import Captured
 from gtrans.comparison import Comparison, Loss, longest_sum
 from gtrans.contract import Contract, compose_all
 from gtrans.debugging.case import Case

@@ -217,8 +217,9 @@ def is_pointwise(node: fx.Node) -> bool:
 
 
 def is_contraction(node: fx.Node) -> bool:
-    """Whether the node is a matrix product, convolution or attention kernel."""
-    return node.target in CONTRACTIONS
+    """Whether the node is a matrix product, convolution or attention kernel, or made of some."""
+    op = overload(node)
+    return op in CONTRACTIONS or (op is not None and op.name() == "gtrans::linear_cross_entropy")
 
 
 def is_fill(node: fx.Node) -> bool:

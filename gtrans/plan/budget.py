@@ -34,6 +34,7 @@ from gtrans.plan.streamed import (
     same_choice,
     streamed_plans,
     take_by_rows,
+    worth_streaming,
     written_copy,
 )
 
@@ -200,7 +201,9 @@ def _peak_when_written(joint: JointGraph, choice: Choice) -> int:
 def _infeasible(search: _Search, plain: int, limit: int, budget: Budget) -> str:
     front, candidate, peak = search.front, search.candidate, search.peak
     liveness = front.simulate(front.schedule(candidate))
-    special: list[Streamed | Offloaded] = [*streamed_plans(front.joint, candidate, front.device)]
+    special: list[Streamed | Offloaded] = []
+    for c in worth_streaming(front):
+        special += streamed_plans(front.joint, c, front.device)
     for c in search.best if front.device.host_bytes_per_s else ():
         special += offloaded_plans(front.joint, c, front.device)
     lowest = min(special, key=lambda plan: plan.peak, default=None)

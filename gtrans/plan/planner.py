@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Literal
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from gtrans.analysis.cost import device_named, device_of
+from gtrans.analysis.cost import Device, device_named, device_of, total_seconds
+from gtrans.analysis.schedule import schedule_of
 from gtrans.contract import Contract, Exact
 from gtrans.core import HELD_BACK, Knob, Pass, Permission, Stats, require
 from gtrans.ir import ops
@@ -104,7 +105,7 @@ class Plan(Pass[JointGraph]):
     def _fit(self, graph: JointGraph, budget: Budget, stats: Stats) -> None:
         plain = read_directly(graph)
         before = saved_bytes(graph, plain)
-        device = device_of(graph) if self.target == "auto" else device_named(self.target)
+        device = self._device(graph)
         fitted = fit(graph, budget, device)
         assert graph.cut is not None
         stats.rewritten = len(set(plain) - set(graph.cut))
@@ -127,6 +128,13 @@ class Plan(Pass[JointGraph]):
         if fitted.regions:
             stats.notes.append(f"{fitted.regions} wide regions are computed a few rows at a time")
             stats.contract = Exact(bitwise=False)  # sums over rows are taken chunk by chunk
+
+    def seconds(self, graph: JointGraph) -> float:
+        """Predicted seconds of a step whose plan is written into its graph."""
+        return total_seconds((t.node for t in schedule_of(graph).tasks), self._device(graph))
+
+    def _device(self, graph: JointGraph) -> Device:
+        return device_of(graph) if self.target == "auto" else device_named(self.target)
 
     @staticmethod
     def under_budget(pipeline: tuple[Pass[Any], ...], budget: Budget) -> tuple[Pass[Any], ...]:

@@ -72,7 +72,7 @@ def fastest_streamed(
         device: what to predict times for.
     """
     found: Streamed | None = None
-    for candidate in _spread(front):
+    for candidate in worth_streaming(front):
         if candidate.seconds >= faster_than_s:
             break  # streaming makes no plan faster
         if _floor(front, candidate) > room:
@@ -141,12 +141,14 @@ def take_by_rows(joint: JointGraph) -> int:
     return 0
 
 
-def _spread(front: Front) -> list[Candidate]:
+def worth_streaming(front: Front) -> list[Candidate]:
+    """Some plans of a front, the same for every budget: the lowest peaks, and some of the rest."""
     best = front.best()
     nodes = max(1, len(front.joint.graph.nodes))
     count = min(len(best), max(_FEWEST, min(_MOST, _NODES // nodes)))
-    # The last one has the lowest peak, which is what a refusal tells.
-    return [*(best[i * len(best) // count] for i in range(count - 1)), best[-1]]
+    low = -(-count // 2)  # where whole regions do not fit, those with the lowest peaks are wanted
+    rest = best[: len(best) - low]
+    return [*(rest[i * len(rest) // (count - low)] for i in range(count - low)), *best[-low:]]
 
 
 def _floor(front: Front, candidate: Candidate) -> int:

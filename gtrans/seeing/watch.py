@@ -7,7 +7,8 @@ from typing import Any
 from torch import fx, nn
 
 from gtrans.api import capture, require_trainable
-from gtrans.capture import Compiler, Resident
+from gtrans.capture import Compiler
+from gtrans.captured import Resident
 from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.joint import JointGraph
 from gtrans.pipeline import Graph, Pipeline, Step

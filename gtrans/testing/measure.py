@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from gtrans.capture import Captured, Compiler, compiled_call
+from gtrans.capture import Compiler, compiled_call
+from gtrans.captured import Captured
 from gtrans.contract import Contract, compose_all
 from gtrans.errors import CaptureError, VerifyError
 from gtrans.ir.half import Backend, Half, Runnable, boxed

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gtrans.capture import Captured
+from gtrans.captured import Captured
 from gtrans.pipeline import Pipeline, Step
 from gtrans.testing import Record, Runner
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 import gtrans
 from gtrans.analysis.derivative_tables import Table, nearest_table, samples_of, stochastic_table
 from gtrans.analysis.pointwise import Activation, find_activations
-from gtrans.capture import Captured
+from gtrans.captured import Captured
 from gtrans.contract import Close, Unbiased
 from gtrans.core import Stats
 from gtrans.errors import ContractError, OptionError

@@ -14,7 +14,8 @@ from torch import nn
 import gtrans
 from gtrans.analysis.chains import find_chains
 from gtrans.api import install
-from gtrans.capture import Captured, Compiler, capture_always
+from gtrans.capture import Compiler, capture_always
+from gtrans.captured import Captured
 from gtrans.contract import Iterative
 from gtrans.core import HELD_BACK
 from gtrans.debugging.recording import Recording

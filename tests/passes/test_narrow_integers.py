@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import gtrans.testing as kit
-from gtrans.capture import Captured, Compiler, compiled_call
+from gtrans.capture import Compiler, compiled_call
+from gtrans.captured import Captured
 from gtrans.contract import Exact
 from gtrans.core import Stats
 from gtrans.errors import OptionError
