@@ -243,8 +243,8 @@ class _Job:
 
         Traces and plans, and throws the result away.
         """
-        trial = replace(self, owner=replace(self.owner, observers=()), record=replace(self.record))
-        trial.owner.captured = self.owner.captured
+        owner = replace(self.owner, observers=(), gate=Gate(), on_failure=None)
+        trial = replace(self, owner=owner, record=replace(self.record))
 
         def plan_only(module: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
             trial.partition(module, joint_inputs, **options)
