@@ -1,7 +1,6 @@
 """Plans and machines that are kept on disk: found again, never trusted blindly."""
 
 import json
-import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -100,6 +99,20 @@ def test_a_busy_machine_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert not (folder / "devices").exists()
 
 
+class Clock:
+    """Time that passes by itself, and the share of it that this thread gets."""
+
+    def __init__(self, share: float) -> None:
+        self.share, self.now = share, 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1.0
+        return self.now
+
+    def thread_time(self) -> float:
+        return self.share * self.now
+
+
 @pytest.mark.parametrize(("busy", "rounds"), [((), 3), ((1, 2), 4), (range(1, 9), 8)])
 def test_rounds_of_a_busy_machine_are_repeated(
     busy: Collection[int], rounds: int, monkeypatch: pytest.MonkeyPatch
@@ -110,20 +123,17 @@ def test_rounds_of_a_busy_machine_are_repeated(
     def typical(run: Callable[[], object]) -> float:
         nonlocal seen
         seen += 1
-        run()
         return 1.0 + 0.5 * seen * (seen in busy)
 
     monkeypatch.setattr(cost, "_typical", typical)
-    seconds, steady = cost._fastest(kernel=lambda: sum(range(10**5)))
+    monkeypatch.setattr(cost, "time", Clock(1.0))
+    seconds, steady = cost._fastest(kernel=lambda: None)
     assert seen == rounds
     assert steady == (rounds < 8)
     assert seconds == {"kernel": 1.0 if steady else 1.5}
 
 
 def test_a_thread_that_had_to_wait_was_not_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def typical(run: Callable[[], object]) -> float:
-        time.sleep(0.01)
-        return 1.0
-
-    monkeypatch.setattr(cost, "_typical", typical)
+    monkeypatch.setattr(cost, "_typical", lambda run: 1.0)
+    monkeypatch.setattr(cost, "time", Clock(0.5))
     assert cost._fastest(kernel=lambda: None) == ({"kernel": 1.0}, False)
