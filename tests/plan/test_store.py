@@ -100,13 +100,12 @@ def test_a_busy_machine_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 class Clock:
-    """Time that passes by itself, and the share of it that this thread gets."""
+    """A second per measurement, and the share of it that this thread gets."""
 
     def __init__(self, share: float) -> None:
         self.share, self.now = share, 0.0
 
     def perf_counter(self) -> float:
-        self.now += 1.0
         return self.now
 
     def thread_time(self) -> float:
@@ -118,22 +117,27 @@ def test_rounds_of_a_busy_machine_are_repeated(
     busy: Collection[int], rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it is busy a kernel takes longer; of all rounds the fastest counts."""
-    seen = 0
+    clock = Clock(1.0)
 
     def typical(run: Callable[[], object]) -> float:
-        nonlocal seen
-        seen += 1
-        return 1.0 + 0.5 * seen * (seen in busy)
+        clock.now += 1.0
+        return 1.0 + 0.5 * clock.now * (clock.now in busy)
 
     monkeypatch.setattr(cost, "_typical", typical)
-    monkeypatch.setattr(cost, "time", Clock(1.0))
+    monkeypatch.setattr(cost, "time", clock)
     seconds, steady = cost._fastest(kernel=lambda: None)
-    assert seen == rounds
+    assert clock.now == rounds
     assert steady == (rounds < 8)
     assert seconds == {"kernel": 1.0 if steady else 1.5}
 
 
 def test_a_thread_that_had_to_wait_was_not_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "_typical", lambda run: 1.0)
-    monkeypatch.setattr(cost, "time", Clock(0.5))
+    clock = Clock(0.5)
+
+    def typical(run: Callable[[], object]) -> float:
+        clock.now += 1.0
+        return 1.0
+
+    monkeypatch.setattr(cost, "_typical", typical)
+    monkeypatch.setattr(cost, "time", clock)
     assert cost._fastest(kernel=lambda: None) == ({"kernel": 1.0}, False)
