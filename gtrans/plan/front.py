@@ -60,7 +60,7 @@ _SHARE = 0.5
 # Readers of one recomputed value that are this many backward nodes apart share it.
 _WINDOW = 8
 # Simulations: so many tasks in all, but not fewer or more simulations than this.
-_TASKS, _FEWEST, _MOST = 500_000, 70, 180
+_TASKS, _FEWEST, _MOST = 500_000, 70, 260
 # Graphs of so few forward operators are searched further, with so many simulations.
 _SMALL, _MANY = 12, 600
 
