@@ -7,7 +7,9 @@ layer compiled by Inductor (unrolled, eight steps a graph), and the hoisted back
 - Highway-BP is faster than the hoisted one at T = 1024, d = 32, with a gradient whose cosine to the
   true one is at least 0.99 on a model that was trained on real data;
 - with five sweeps it is at least 1.7 times as fast as autograd's backward for a GRU and an LSTM of
-  the published lengths (T = 256, and 1024 with d = 64), at every batch up to 64;
+  the published lengths (T = 256, and 1024 with d = 64), at batches of 1, 8 and 64. Five sweeps are
+  six times the products of a step's gates, so where a step of autograd is all work, as at batch 64
+  on a CPU of few cores, this cannot hold, and the table says so;
 - `highway-recurrence` takes no size at which an exact backward is clearly faster;
 - the longest row of products in the backward of a deep GPT and of a ResNet of 54 blocks is as short
   as the theory says;

@@ -6,7 +6,7 @@ digits; each with the same weights and batches for every setting. `g=0` is the s
 without damping, as published.
 
 Target: with five sweeps every model's loss at the end is at most 5 % above that of the exact
-gradient. The curves go to `benchmarks/results/chain-training.png` in a full run.
+gradient. The curves go to `benchmarks/results/chain-training.cpu.png` in a full run.
 """
 
 import copy
@@ -180,8 +180,8 @@ def _plot(curves: dict[str, dict[str, Curve]]) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4))
-    for axis, (title, found) in zip(axes, curves.items(), strict=True):
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4), squeeze=False)
+    for axis, (title, found) in zip(axes[0], curves.items(), strict=True):
         for name, curve in found.items():
             size = max(1, len(curve) // 30)
             smooth = [sum(curve[i : i + size]) / size for i in range(0, len(curve) - size, size)]
@@ -191,6 +191,6 @@ def _plot(curves: dict[str, dict[str, Curve]]) -> Path:
         axis.set(title=title, xlabel="step", ylabel="loss")
         axis.legend(fontsize=8)
     figure.tight_layout()
-    path = Path(__file__).parent / "results" / "chain-training.png"
+    path = Path(__file__).parent / "results" / "chain-training.cpu.png"
     figure.savefig(path, dpi=90)
     return path

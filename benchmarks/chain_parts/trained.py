@@ -19,7 +19,7 @@ from benchmarks.chain_parts.recurrent import cosine, fastest
 from benchmarks.table import Table
 
 _WIDTH, _STEPS, _COSINE = 32, 1024, 0.99
-_SWEEPS = (0, 1, 2, 3, 4, 5, 7, 10, 15, 20)
+_SWEEPS = (0, 1, 2, 3, 4, 5, 6, 7, 10, 20)
 
 
 @dataclass(frozen=True)
