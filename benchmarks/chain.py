@@ -19,6 +19,7 @@ layer compiled by Inductor (unrolled, eight steps a graph), and the hoisted back
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -33,6 +34,7 @@ from gtrans.passes.rule.hoist_recurrence import HoistRecurrence
 _HOISTED, _NEVER_SLOWER, _OVER_AUTOGRAD, _GUARD = 2.0, 0.98, 1.7, 1.25
 _SWEEPS = (0, 3, 5, 10)
 _FIVE = _SWEEPS.index(5)
+_TRAINING = Path(__file__).parent / "results" / "chain-training.cpu.txt"
 
 Part = Callable[[bool, str], tuple[bool, str]]
 
@@ -52,6 +54,8 @@ def main(quick: bool, device: str) -> int:
         ok &= good
         figures.append(figure if good else f"MISSED {figure}")
         print(flush=True)
+    print(f"training, from {_TRAINING.name} of `python -m benchmarks chain-training`:")
+    print(_TRAINING.read_text().splitlines()[-1] if _TRAINING.exists() else "not run yet")
     return verdict(ok, "; ".join(figures))
 
 
