@@ -22,6 +22,7 @@ PASSES: dict[str, str] = {
     "stationary-feedback": "gtrans.passes.wire.stationary_feedback:StationaryFeedback",
     "parallel-feedforward": "gtrans.passes.operator.parallel_feedforward:ParallelFeedforward",
     "narrow-integers": "gtrans.passes.residual.narrow_integers:NarrowIntegers",
+    "pool-places": "gtrans.passes.residual.pool_places:PoolPlaces",
     "guided-relu": "gtrans.passes.rule.guided_relu:GuidedRelu",
     "straight-through": "gtrans.passes.rule.straight_through:StraightThrough",
     "erase-zeros": "gtrans.passes.structure.erase_zeros:EraseZeros",

@@ -49,6 +49,11 @@ class Grid:
     block: int = 0
     stochastic: bool = False
 
+    @property
+    def rows_are_dense(self) -> bool:
+        """Whether the last dimension is the innermost in memory."""
+        return self.order[-1:] == (len(self.order) - 1,)
+
     def bytes(self, numel: float) -> float:
         """What is kept of so many elements."""
         averages = 2 * numel / self.block**2 if self.block else 0.0
@@ -72,12 +77,12 @@ def encode(
     wide = x.to(_wide(x.dtype))
     parts: list[torch.Tensor] = []
     if grid.block:
-        averages = _blocks(wide, grid.block).mean((-3, -1))
+        averages = _averages(grid, wide)
         unit = averages.abs().amax((-2, -1), keepdim=True).clamp_min(_TINIEST_STEP) / _WHOLE
         # As whole numbers: a compiler may leave out a conversion to a smaller float and back.
         whole = (averages / unit).round().to(torch.int16)
         parts += [unit, whole]
-        wide = wide - _spread(whole.to(wide.dtype) * unit, grid.block)
+        wide = wide - _spread(grid, whole.to(wide.dtype) * unit)
     groups = wide.permute(grid.order).reshape(-1, grid.group)
     largest = 2**grid.bits - 1 - grid.zeros
     low = _smallest_positive(groups) if grid.zeros else groups.amin(1, keepdim=True)
@@ -116,7 +121,7 @@ def decode(
     values = values.reshape(sizes).permute(back)
     if grid.block:
         unit, whole, *_ = packed
-        values = values + _spread(whole.to(low.dtype) * unit, grid.block)
+        values = values + _spread(grid, whole.to(low.dtype) * unit)
     return values.to(dtype)
 
 
@@ -160,15 +165,40 @@ def _smallest_positive(groups: torch.Tensor) -> torch.Tensor:
     return torch.where(low == torch.inf, 0.0, low)
 
 
-def _blocks(x: torch.Tensor, side: int) -> torch.Tensor:
+def _averages(grid: Grid, x: torch.Tensor) -> torch.Tensor:
+    """[*outer, height, width] to the averages of its blocks."""
     *outer, height, width = x.shape
-    return x.reshape([*outer, height // side, side, width // side, side])
+    side = grid.block
+    if grid.rows_are_dense:
+        x = (x.reshape(-1, width) @ (_lifts(side, width, x).t() / side)).reshape(
+            [*outer, height // side, side, width // side]
+        )
+        return x.mean(-2)
+    return x.reshape([*outer, height // side, side, width // side, side]).mean((-3, -1))
 
 
-def _spread(averages: torch.Tensor, side: int) -> torch.Tensor:
+def _spread(grid: Grid, averages: torch.Tensor) -> torch.Tensor:
+    """Every average at all places of its block."""
     *outer, height, width = averages.shape
-    spread = averages[..., :, None, :, None].expand(*outer, height, side, width, side)
+    side = grid.block
+    if grid.rows_are_dense:
+        lifts = _lifts(side, width * side, averages)
+        rows = (averages.reshape(-1, width) @ lifts).reshape([*outer, height, 1, width * side])
+        spread = rows.expand(*outer, height, side, width * side)
+    else:
+        spread = averages[..., :, None, :, None].expand(*outer, height, side, width, side)
     return spread.reshape([*outer, height * side, width * side])
+
+
+def _lifts(side: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """[width / side, width] of ones where a place belongs to a block.
+
+    Rows are averaged and spread by products with this: neighbours that share a number, or differ by
+    a division, keep Inductor's C++ from working in vectors.
+    """
+    places = torch.arange(width, device=like.device)
+    blocks = torch.arange(width // side, device=like.device)
+    return (places.div(side, rounding_mode="floor") == blocks[:, None]).to(like.dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
