@@ -21,7 +21,7 @@ from gtrans.analysis.linear_uses import Role, Use, uses_of
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import numel
 from gtrans.rewrite.coded_values import cut_edge, decoded_late
-from gtrans.runtime.quantise import Grid
+from gtrans.runtime.quantise import Grid, frame
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Slices:
     def bytes(self, grid: Grid) -> float:
         """What is kept in place of the value."""
         copies = sum(numel(n.meta["val"]) * n.meta["val"].element_size() for n in self.kept)
-        return float(copies) + sum(grid.bytes(numel(n.meta["val"])) for n in self.coded)
+        return float(copies) + sum(_bytes(grid, n) for n in self.coded)
 
     def let_go(self, trial: JointGraph, twin: Any) -> None:
         """Cuts the edges from the slices to their readers, in a copy of the graph."""
@@ -56,7 +56,9 @@ class Slices:
             (copy,) = graph.splice_after(node, partial(_packed, order), node)
             if node in self.coded:
                 anchor = min(u.reader for u in uses)
-                copy = decoded_late(graph, copy, replace(grid, order=order), anchor, node.name)
+                own = replace(grid, order=order)
+                frames = graph.splice_after(copy, partial(frame, own), copy)
+                copy = decoded_late(graph, copy, frames, own, anchor, node.name)
             graph.replace_uses(node, copy, [u.reader for u in uses])
 
 
@@ -87,6 +89,11 @@ def order_of(x: torch.Tensor) -> tuple[int, ...]:
     """The dimensions from the outermost to the innermost, of a tensor that may have gaps."""
     strides = x.stride()
     return tuple(sorted(range(x.dim()), key=lambda d: (-int(strides[d]), d)))
+
+
+def _bytes(grid: Grid, node: fx.Node) -> float:
+    count = numel(node.meta["val"])
+    return grid.frame_bytes(count) + grid.code_bytes(count)
 
 
 def _packed(order: tuple[int, ...], x: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from gtrans.runtime.norm_gradient import (
     normalised,
     softmax_gradient,
 )
-from gtrans.runtime.quantise import Grid, decode, encode
+from gtrans.runtime.quantise import Grid, decode, encode, frame
 
 # The second copy of a norm's input is read through a mean over many terms only. It has the fewest
 # bits that add less than this share of the first copy's error.
@@ -65,7 +65,8 @@ class CodedValue:
     def bytes(self) -> float:
         """What is kept in place of the value."""
         count = numel(self.value.meta["val"])
-        return self.grid.bytes(count) + (self.second.bytes(count) if self.second else 0.0)
+        copies = [self.grid] + ([self.second] if self.second else [])
+        return self.grid.frame_bytes(count) + sum(g.code_bytes(count) for g in copies)
 
     @property
     def readers(self) -> list[fx.Node]:
@@ -99,8 +100,9 @@ class CodedValue:
             last = max(n for n in (main.x, main.mean, main.rstd) if n is not None)
             function = partial(normalised, _shape(main))
             (source,) = graph.splice_after(last, function, main.x, main.mean, main.rstd)
-        readers = self.readers
-        first = self._decoded(graph, source, self.grid, readers[0], "first")
+        frames = graph.splice_after(source, partial(frame, self.grid), source)
+        decoded = partial(self._decoded, graph, source, frames)
+        first = decoded(self.grid, self.readers[0], "first")
         for use in self.uses:
             x = first if main is None else _denormalised(graph, main, first, use.reader)
             reread(graph, use, self.value, x)
@@ -111,43 +113,49 @@ class CodedValue:
         for norm in self.norms:
             z = other = _of_norm(graph, main, norm, first, norm.backward)
             if self.second is not None:
-                second = self._decoded_again(graph, source, norm.backward)
+                second = decoded(self.second, norm.backward, norm.backward.name)
                 other = _of_norm(graph, main, norm, second, norm.backward)
             replace_norm(graph, norm, z, other)
         for use in self.softmaxes:
-            second = self._decoded_again(graph, source, use.reader)
+            assert self.second is not None
+            second = decoded(self.second, use.reader, use.reader.name)
             replace_softmax(graph, use.reader, first, second)
 
-    def _decoded_again(self, graph: JointGraph, source: fx.Node, reader: fx.Node) -> fx.Node:
-        """The second copy, for one reader."""
-        assert self.second is not None
-        return self._decoded(graph, source, self.second, reader, reader.name)
-
     def _decoded(
-        self, graph: JointGraph, source: fx.Node, grid: Grid, anchor: fx.Node, draw: str
+        self,
+        graph: JointGraph,
+        source: fx.Node,
+        frames: Sequence[fx.Node],
+        grid: Grid,
+        anchor: fx.Node,
+        draw: str,
     ) -> fx.Node:
-        return decoded_late(graph, source, grid, anchor, f"{self.value.name} {draw}")
+        return decoded_late(graph, source, frames, grid, anchor, f"{self.value.name} {draw}")
 
 
 def decoded_late(
-    graph: JointGraph, source: fx.Node, grid: Grid, anchor: fx.Node, name: str
+    graph: JointGraph,
+    source: fx.Node,
+    frames: Sequence[fx.Node],
+    grid: Grid,
+    anchor: fx.Node,
+    name: str,
 ) -> fx.Node:
     """Codes a forward value and decodes it right before its first reader.
 
     Args:
         graph: the graph to edit.
         source: the value.
+        frames: what `frame` makes of the value.
         grid: how.
         anchor: the first reader.
         name: of the copy; another name is another draw of the noise.
     """
     val = source.meta["val"]
-    sources = [source]
-    if grid.stochastic:
-        sources.append(seed_of(graph, name))
-    parts = graph.splice_after(source, partial(encode, grid), *sources)
+    seed = seed_of(graph, name) if grid.stochastic else None
+    packed = graph.splice_after(max(frames), partial(encode, grid), source, seed, *frames)
     shape = tuple(n if isinstance(n, int) else -1 for n in val.shape)
-    (made,) = splice_late(graph, anchor, partial(decode, grid, shape, val.dtype), *parts)
+    (made,) = splice_late(graph, anchor, partial(decode, grid, shape, val.dtype), *frames, *packed)
     return made
 
 

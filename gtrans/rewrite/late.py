@@ -4,16 +4,14 @@ packed = encode(value)        forward, right behind the value
 value' = decode(packed)       backward, right before its reader; never kept
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
 
 from gtrans.ir.joint import JointGraph
-from gtrans.runtime.noise import NOISE_SEED, salt_of
-
-aten = torch.ops.aten
+from gtrans.runtime.noise import NOISE_SEEDS, salt_of
 
 
 def splice_late(
@@ -38,15 +36,22 @@ def splice_late(
 
 
 def seed_of(graph: JointGraph, name: str) -> fx.Node:
-    """The seed of a draw of noise, of the one that is made at the beginning of a step.
+    """The seed of a draw of noise; those of all draws are made at the beginning of a step.
 
     Args:
         graph: the graph to edit.
         name: of the draw; another name is another draw.
     """
-    made = graph.calls(NOISE_SEED)
-    step = made[0] if made else graph.insert_after(graph.primals[-1], NOISE_SEED, _fresh(graph))
-    return graph.insert_after(step, aten.bitwise_xor.Scalar, step, salt_of(name))
+    made = graph.calls(NOISE_SEEDS)
+    fresh, salts = made[0].args if made else (_fresh(graph), [])
+    assert isinstance(salts, list)
+    salts = [*salts, salt_of(name)]
+    step = graph.insert_after(graph.primals[-1], NOISE_SEEDS, fresh, salts)
+    for old in made:
+        for part in list(old.users):
+            part.replace_input_with(old, step)
+        graph.erase(old)
+    return graph.insert_after(step, operator.getitem, step, len(salts) - 1)
 
 
 def _fresh(graph: JointGraph) -> list[fx.Node]:

@@ -1,12 +1,14 @@
 """Random numbers for rounding that leave torch's generators as they are.
 
-    seed = noise_seed(some tensors of the step)      once a step, in the forward
-    u_i  = mix(i; seed ^ salt)                       one multiply-xor hash per element, fusible
+    seeds = noise_seeds(some tensors of the step, salts)     once a step, in the forward
+    u_i   = mix(i; seed)                                     one hash per element, fusible
 
 A pass that drew from torch's generator would shift every later dropout mask. Here the generator's
 state is read, never advanced, so that `torch.manual_seed` still decides everything; a few elements
 of a parameter and an input are mixed in, which change from step to step even in a model that never
-draws. What is random is the seed; two values of one step differ by their salts.
+draws. What is random is the seed; the draws of one step differ by their salts. Those are mixed in
+here, and every seed is a tensor of its own: as constants in the kernels that use them they would
+make each kernel a text of its own, to be compiled once more.
 
 The mixing function is three rounds of xor-shift and multiplication of 32-bit words (the finaliser
 family of MurmurHash3, with constants of lower bias). Products wrap around.
@@ -26,16 +28,17 @@ _LARGEST = 2**31
 
 
 @torch.library.custom_op(
-    "gtrans::noise_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+    "gtrans::noise_seeds", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
 )
-def noise_seed(fresh: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Two random 32-bit words that depend on the state of torch's generator and on some values.
+def noise_seeds(fresh: Sequence[torch.Tensor], salts: Sequence[int]) -> list[torch.Tensor]:
+    """Random 32-bit words that depend on the state of torch's generator and on some values.
 
     Args:
         fresh: tensors of one device that change from step to step; a few elements are read.
+        salts: what `salt_of` returned, one for each draw of the step.
 
     Returns:
-        [2] of int32.
+        [2] of int32 for every salt.
     """
     device = fresh[0].device
     state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
@@ -44,15 +47,15 @@ def noise_seed(fresh: Sequence[torch.Tensor]) -> torch.Tensor:
     words = words.to(device)
     for tensor in fresh:
         words = mix(words ^ _digest(tensor), words.flip(0))
-    return words
+    return [words ^ salt for salt in salts]
 
 
-@noise_seed.register_fake
-def _(fresh: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.empty(2, dtype=torch.int32, device=fresh[0].device)
+@noise_seeds.register_fake
+def _(fresh: Sequence[torch.Tensor], salts: Sequence[int]) -> list[torch.Tensor]:
+    return [torch.empty(2, dtype=torch.int32, device=fresh[0].device) for _ in salts]
 
 
-NOISE_SEED = torch.ops.gtrans.noise_seed.default
+NOISE_SEEDS = torch.ops.gtrans.noise_seeds.default
 
 
 def salt_of(name: str) -> int:
@@ -64,7 +67,7 @@ def uniform(seed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Independent numbers in [0, 1), in plain ATen that backends fuse.
 
     Args:
-        seed: what `noise_seed` returned, with a different salt (xor) for every value of a step.
+        seed: one of those that `noise_seeds` returned.
         shape: of the result.
 
     Returns:

@@ -1,12 +1,13 @@
 """Tensors as small whole numbers, group by group, in plain ATen that backends fuse.
 
-    low, step = statistics of a group of consecutive elements     step = (max - low) / (2**bits - 1)
+    low, span = range of a group of consecutive elements          step = span / (2**bits - 1)
     code      = floor((x - low) / step + u)                       u ~ U[0, 1), or 1/2 for nearest
     x'        = low + step * code                                 E[x'] = x
 
 Two variants change what is coded. `zeros` keeps zeros exact by a code of their own, for outputs of
 ReLU, whose mask is then exact as well; `block` first takes the averages of square blocks of a map
-away (kept in 16 bits), which leaves a smaller range to code.
+away (kept in 16 bits), which leaves a smaller range to code. The ranges and averages, a frame, do
+not depend on the noise: several copies of a value share theirs.
 
 Codes are clamped to their range, which is that of the tensor itself: nothing is ever clipped.
 
@@ -25,7 +26,7 @@ from gtrans.runtime.bits import pack_codes, unpack_codes
 from gtrans.runtime.noise import uniform
 
 _WIDEN = 1 + 2.0**-20
-_TINIEST_STEP = 2.0**-100
+_TINIEST = 2.0**-100
 _WHOLE = 2.0**15 - 1
 
 
@@ -54,46 +55,66 @@ class Grid:
         """Whether the last dimension is the innermost in memory."""
         return self.order[-1:] == (len(self.order) - 1,)
 
-    def bytes(self, numel: float) -> float:
-        """What is kept of so many elements."""
+    @property
+    def largest(self) -> int:
+        """How many steps the span of a group has."""
+        return (1 << self.bits) - 1 - self.zeros
+
+    def frame_bytes(self, numel: float) -> float:
+        """What is kept of so many elements for all copies together."""
         averages = 2 * numel / self.block**2 if self.block else 0.0
-        return numel * self.bits / 8 + numel / self.group * 8 + averages
+        return numel / self.group * 8 + averages
+
+    def code_bytes(self, numel: float) -> float:
+        """What is kept of so many elements for one copy."""
+        return numel * self.bits / 8
 
 
-def encode(
-    grid: Grid, x: torch.Tensor, seed: torch.Tensor | None = None
-) -> tuple[torch.Tensor, ...]:
-    """Codes a tensor.
+def frame(grid: Grid, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The ranges that a tensor is coded in.
 
     Args:
-        grid: how.
+        grid: how; its bits do not matter.
         x: [*s], floating, dense in the grid's order of dimensions.
-        seed: what `noise_seed` returned; only for stochastic grids.
 
     Returns:
-        low [groups, 1] and step [groups, 1], if there are blocks the unit of each map and the
-        averages in it, then the packed codes.
+        low [groups, 1] and span [groups, 1]; if there are blocks, averages and their unit.
     """
     wide = x.to(_wide(x.dtype))
     parts: list[torch.Tensor] = []
     if grid.block:
         averages = _averages(grid, wide)
-        unit = averages.abs().amax((-2, -1), keepdim=True).clamp_min(_TINIEST_STEP) / _WHOLE
+        unit = averages.abs().amax().clamp_min(_TINIEST) / _WHOLE
         # As whole numbers: a compiler may leave out a conversion to a smaller float and back.
-        whole = (averages / unit).round().to(torch.int16)
-        parts += [unit, whole]
-        wide = wide - _spread(grid, whole.to(wide.dtype) * unit)
-    groups = wide.permute(grid.order).reshape(-1, grid.group)
-    largest = 2**grid.bits - 1 - grid.zeros
+        parts = [unit, (averages / unit).round().to(torch.int16)]
+    groups = _groups(grid, wide, parts)
     low = _smallest_positive(groups) if grid.zeros else groups.amin(1, keepdim=True)
-    step = (groups.amax(1, keepdim=True) - low) * (_WIDEN / max(1, largest))
-    step = step.clamp_min(_TINIEST_STEP)
-    position = (groups - low) / step
+    span = ((groups.amax(1, keepdim=True) - low) * _WIDEN).clamp_min(_TINIEST)
+    return (low, span, *parts)
+
+
+def encode(
+    grid: Grid, x: torch.Tensor, seed: torch.Tensor | None, *parts: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Codes a tensor.
+
+    Args:
+        grid: how.
+        x: as given to `frame`.
+        seed: one that `noise_seeds` returned; None for grids that are not stochastic.
+        parts: what `frame` returned.
+
+    Returns:
+        The packed codes.
+    """
+    low, span, *averages = parts
+    groups = _groups(grid, x.to(_wide(x.dtype)), averages)
+    position = (groups - low) / (span / max(1, grid.largest))
     offset = _noise(seed, groups.shape) if grid.stochastic else 0.5
-    codes = (position + offset).floor().clamp(0, largest)
+    codes = (position + offset).floor().clamp(0, grid.largest)
     if grid.zeros:
         codes = torch.where(groups > 0, codes + 1, 0.0)
-    return (low, step, *parts, *pack_codes(codes, grid.bits, 1))
+    return pack_codes(codes, grid.bits, 1)
 
 
 def decode(
@@ -105,13 +126,15 @@ def decode(
         grid: as given to `encode`.
         shape: of the tensor.
         dtype: of the tensor.
-        parts: what `encode` returned.
+        parts: what `frame` returned, then what `encode` did.
 
     Returns:
         [*shape], with the strides that the tensor had.
     """
-    low, step, *packed = parts
-    codes = unpack_codes(packed[2 * bool(grid.block) :], grid.bits, 1, ()).to(low.dtype)
+    low, span, *others = parts
+    averages, packed = (others[:2], others[2:]) if grid.block else ([], others)
+    codes = unpack_codes(packed, grid.bits, 1, ()).to(low.dtype)
+    step = span / max(1, grid.largest)
     if grid.zeros:
         values = torch.where(codes > 0, low + (codes - 1) * step, 0.0)
     else:
@@ -119,9 +142,8 @@ def decode(
     sizes = [shape[d] for d in grid.order]
     back = sorted(range(len(sizes)), key=grid.order.__getitem__)
     values = values.reshape(sizes).permute(back)
-    if grid.block:
-        unit, whole, *_ = packed
-        values = values + _spread(grid, whole.to(low.dtype) * unit)
+    if averages:
+        values = values + _smooth(grid, averages, low.dtype)
     return values.to(dtype)
 
 
@@ -153,6 +175,18 @@ def memory_order(x: torch.Tensor) -> tuple[int, ...] | None:
 
 def _plain(strides: Sequence[object]) -> bool:
     return all(isinstance(s, int) for s in strides)
+
+
+def _groups(grid: Grid, x: torch.Tensor, averages: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[groups, group]: what is coded of a tensor."""
+    rest = x - _smooth(grid, averages, x.dtype) if averages else x
+    return rest.permute(grid.order).reshape(-1, grid.group)
+
+
+def _smooth(grid: Grid, averages: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The part of a tensor that its averages stand for."""
+    unit, whole = averages
+    return _spread(grid, whole.to(dtype) * unit)
 
 
 def _noise(seed: torch.Tensor | None, shape: Sequence[int]) -> torch.Tensor:

@@ -54,6 +54,8 @@ from gtrans.runtime.quantise import Grid, group_size, memory_order
 
 _ROUNDED = Close(rtol=0.1)
 _NO_GROUPS = "its inner sizes do not divide into groups of a multiple of 8"
+# The averages of smaller blocks take more than half a bit an element, which codes use better.
+_SMALLEST_SIDE = 6
 _CODED = (Role.LINEAR, Role.NORM, Role.SOFTMAX)
 
 
@@ -66,7 +68,7 @@ class Compress(PayingPass):
         group: elements that share their range, at most.
         rounding: "stochastic" is unbiased; "nearest" has half the variance, and a bias.
         slope_bits: per element of an activation's derivative, 1 to 4.
-        block: side of the blocks of spatial maps whose averages are kept apart; 0 for none.
+        block: largest side of the blocks of spatial maps whose averages are kept apart; 0: none.
         min_numel: leave values with fewer elements alone.
         widths: bits of single values, as `gtrans.adapt` chooses them; the others have `bits`.
     """
@@ -205,15 +207,13 @@ class Compress(PayingPass):
         return Grid(self._bits(graph, value), group, order, zeros, block, stochastic)
 
     def _side(self, val: torch.Tensor) -> int:
-        """The side of the blocks of a spatial map; smaller ones for smaller maps."""
+        """The side of the blocks of a spatial map, if there is one that divides it."""
         if val.dim() != 4 or not self.block:
             return 0
-        fits = [
-            n
-            for n in (self.block, self.block // 2)
-            if n > 1 and all(isinstance(s, int) and s > n and s % n == 0 for s in val.shape[2:])
-        ]
-        return fits[0] if fits else 0
+        smallest = min(self.block, _SMALLEST_SIDE)
+        sides = range(self.block, smallest - 1, -1)
+        known = all(isinstance(n, int) for n in val.shape[2:])
+        return next((n for n in sides if known and all(s % n == 0 for s in val.shape[2:])), 0)
 
     def _note(self, coded: CodedValue) -> str:
         kind = "norm's input, in two copies" if coded.norms else "value"

@@ -37,7 +37,7 @@ from gtrans.runtime.windows import Windows
 
 aten = torch.ops.aten
 
-_RANK = {
+_RANK: dict[Any, int] = {
     aten.max_pool2d_with_indices_backward.default: 2,
     aten.max_pool3d_with_indices_backward.default: 3,
 }

@@ -93,6 +93,20 @@ class Residual(nn.Module):
         return functional.relu(self.last(self.inner(y)) + y)
 
 
+class Afterwards(nn.Module):
+    """Batch norms behind ReLUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.inner = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norms[0](functional.relu(self.enter(x)))
+        out: torch.Tensor = self.norms[1](functional.relu(self.inner(y)))
+        return out
+
+
 def tokens() -> torch.Tensor:
     return torch.randn(2, 8, 16)
 
@@ -105,6 +119,7 @@ CASES: dict[str, tuple[nn.Module, torch.Tensor, int]] = {
     "softmax": (nn.Sequential(Softmax(), Softmax()), tokens(), 10),
     "fused": (nn.Sequential(Fused(), Fused()), tokens(), 5),
     "images": (Residual(), torch.randn(2, 3, 16, 16), 3),
+    "norms behind": (Afterwards(), torch.randn(2, 3, 16, 16), 1),
 }
 SMALL = "min_numel=1,group=32"
 
@@ -128,7 +143,12 @@ def shifted(monkeypatch: pytest.MonkeyPatch, sign: float, only: str | None) -> I
     names: set[str] = set()
 
     def decoded(
-        graph: JointGraph, source: fx.Node, grid: Grid, anchor: fx.Node, name: str
+        graph: JointGraph,
+        source: fx.Node,
+        frames: object,
+        grid: Grid,
+        anchor: fx.Node,
+        name: str,
     ) -> fx.Node:
         assert grid.stochastic
         names.add(name)
@@ -145,7 +165,8 @@ def shifted(monkeypatch: pytest.MonkeyPatch, sign: float, only: str | None) -> I
     with monkeypatch.context() as patch:
         patch.setattr(coded_values, "decoded_late", decoded)
         patch.setattr(coded_slices, "decoded_late", decoded)
-        patch.setattr(Grid, "bytes", lambda self, numel: 1.0)
+        patch.setattr(Grid, "frame_bytes", lambda self, numel: 0.0)
+        patch.setattr(Grid, "code_bytes", lambda self, numel: 1.0)
         yield names
 
 
@@ -159,7 +180,9 @@ def gradient(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {n: v for n, (kind, v) in found.items() if kind == "gradient" and v is not None}
 
 
-@pytest.mark.parametrize("name", ["relu", "gated", "attention", "softmax", "fused", "images"])
+@pytest.mark.parametrize(
+    "name", ["relu", "gated", "attention", "softmax", "fused", "images", "norms behind"]
+)
 def test_the_gradient_is_affine_in_every_coded_copy(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,8 +49,9 @@ def test_the_gradient_keeps_every_bit(name: str) -> None:
 
 def test_channels_last_keeps_its_input_and_its_bits() -> None:
     shape = (2, 8, 6, 6)
-    model = Pooled(lambda x: F.max_pool2d(x, 2), shape).to(memory_format=torch.channels_last)
-    x = (torch.randn(shape).to(memory_format=torch.channels_last),)
+    model = Pooled(lambda x: F.max_pool2d(x, 2), shape)
+    model.scale.data = model.scale.data.contiguous(memory_format=torch.channels_last)
+    x = (torch.randn(shape).contiguous(memory_format=torch.channels_last),)
     assert kit.check_pass(PoolPlaces(1), model, x, laws=[gradient_keeps_the_contract]) == 1
 
 
@@ -82,21 +83,32 @@ def test_a_window_keeps_four_bits_in_place_of_eight_bytes() -> None:
     assert isinstance(contract, Exact)
 
 
+def after_relu(x: torch.Tensor) -> torch.Tensor:
+    return F.max_pool2d(x.view(1, 2, 2, 4).relu(), 3, 1, 1).view(2, 8)
+
+
 def test_a_relu_in_front_is_kept_for_nothing() -> None:
-    graph = joint_of(Written(lambda x: F.max_pool1d(x.relu(), 2), 8), torch.randn(2, 8))
+    graph = joint_of(Written(after_relu, 8), torch.randn(2, 8))
     after, _ = Pipeline.parse("pool-places{min_numel=1}").run(graph)
     (relu,) = after.calls(aten.relu.default)
     assert after.backward_readers(relu) == []
 
 
-def test_a_pool_whose_input_something_else_reads_keeps_it() -> None:
-    graph = joint_of(
-        Written(lambda x: F.max_pool1d(x.relu(), 2) * x.relu().sum(), 8), torch.randn(2, 8)
-    )
+def read_twice(x: torch.Tensor) -> torch.Tensor:
+    y = x.view(1, 2, 2, 4).relu()
+    return F.max_pool2d(y, 3, 1, 1).view(2, 8) * y.sum()
+
+
+def test_a_relu_that_something_else_reads_stays_behind() -> None:
+    graph = joint_of(Written(read_twice, 8), torch.randn(2, 8))
     after, _ = Pipeline.parse("pool-places{min_numel=1}").run(graph)
     (pool,) = after.calls(aten.max_pool2d_with_indices_backward.default)
     (relu,) = after.calls(aten.threshold_backward.default)
     assert pool < relu
+
+
+def large_windows(x: torch.Tensor) -> torch.Tensor:
+    return F.max_pool2d(x.view(1, 2, 1, 8).expand(1, 2, 300, 8), (300, 1)).reshape(2, 8)
 
 
 # ------------------------------------------------------------------------------------- reasons
@@ -105,11 +117,10 @@ def test_a_pool_whose_input_something_else_reads_keeps_it() -> None:
 @pytest.mark.parametrize(
     ("function", "min_numel", "reason"),
     [
-        (lambda x: F.max_pool1d(x, 2), 9, "fewer elements than min_numel"),
-        (lambda x: F.max_pool2d(x.view(1, 2, 1, -1).expand(1, 2, 300, -1), (300, 1)), 1,
-         "its windows have more than 256 places"),
+        (lambda x: F.max_pool1d(x, 3, 1, 1), 17, "fewer elements than min_numel"),
+        (large_windows, 1, "its windows have more than 256 places"),
     ],
-)  # fmt: skip
+)
 def test_each_reason_to_leave_a_pool_alone(function: Function, min_numel: int, reason: str) -> None:
     graph = joint_of(Written(function, 8), torch.randn(2, 8))
     _, (step,) = Pipeline((PoolPlaces(min_numel),)).run(graph)

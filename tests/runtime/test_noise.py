@@ -5,7 +5,11 @@ import itertools
 import pytest
 import torch
 
-from gtrans.runtime.noise import noise_seed, salt_of, uniform
+from gtrans.runtime.noise import noise_seeds, salt_of, uniform
+
+
+def noise_seed(fresh: list[torch.Tensor]) -> torch.Tensor:
+    return noise_seeds(fresh, [0])[0]
 
 
 def seed_for(number: int, *fresh: torch.Tensor) -> torch.Tensor:
@@ -26,6 +30,13 @@ def test_numbers_are_uniform() -> None:
     # 255 degrees of freedom: mean 255, deviation 22.6.
     chi_square = float(((counts - 256) ** 2 / 256).sum())
     assert 150 < chi_square < 370
+
+
+def test_a_salt_changes_the_seed_of_a_draw_and_no_other() -> None:
+    torch.manual_seed(0)
+    first, second, third = noise_seeds([torch.ones(5)], [0, salt_of("a"), salt_of("b")])
+    assert torch.equal(second, first ^ salt_of("a"))
+    assert torch.equal(third, first ^ salt_of("b"))
 
 
 def test_elements_salts_and_seeds_are_independent() -> None:

@@ -5,20 +5,22 @@ import torch
 
 from gtrans.analysis.rounding import expected_range, relative_error
 from gtrans.runtime import quantise
-from gtrans.runtime.noise import noise_seed
-from gtrans.runtime.quantise import Grid, decode, encode, group_size, memory_order
+from gtrans.runtime.noise import noise_seeds
+from gtrans.runtime.quantise import Grid, decode, encode, frame, group_size, memory_order
 
 
 def coded(grid: Grid, x: torch.Tensor, seed: int = 0) -> torch.Tensor:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        noise = noise_seed([torch.zeros(1)]) if grid.stochastic else None
-    return decode(grid, x.shape, x.dtype, *encode(grid, x, noise))
+        noise = noise_seeds([torch.zeros(1)], [0])[0] if grid.stochastic else None
+    parts = frame(grid, x)
+    return decode(grid, x.shape, x.dtype, *parts, *encode(grid, x, noise, *parts))
 
 
 def steps(grid: Grid, x: torch.Tensor) -> torch.Tensor:
     """[groups, 1]: the step of each group."""
-    return encode(Grid(grid.bits, grid.group, grid.order, grid.zeros), x)[1].to(x.dtype)
+    plain = Grid(grid.bits, grid.group, grid.order, grid.zeros)
+    return frame(plain, x)[1].to(x.dtype) / max(1, plain.largest)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
