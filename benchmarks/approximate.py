@@ -10,7 +10,7 @@ memory and time, all variants side by side:
     gtrans           the exact default passes
     few-bit          few-bit,default
     4 bits           compress{bits=4},default
-    2 bits           compress{bits=2},narrow-integers,default
+    2 bits           pool-places,compress{bits=2},default
 
 Without low-rank updates `few-bit` has nothing to do, with them 2 bits have little: those rows are
 left out. Targets, from the papers: at least 29 % less peak than eager on the ViT with low-rank
@@ -47,7 +47,7 @@ PASSES = {
     "gtrans": "default",
     "few-bit": "few-bit,default",
     "4 bits": "compress{bits=4},default",
-    "2 bits": "compress{bits=2},narrow-integers,default",
+    "2 bits": "pool-places,compress{bits=2},default",
 }
 _TABLE_ERROR = 0.0081
 _MIB = 2**20

