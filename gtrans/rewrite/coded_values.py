@@ -94,9 +94,10 @@ class CodedValue:
 
         A norm's input is coded as the norm has normalised it: its rows differ in scale, and the
         rounding error of a large one would swamp a small one of the same group. Not so the output
-        of a ReLU, whose zeros are to stay zeros.
+        of a ReLU, whose zeros are to stay zeros, nor what norms read through views only.
         """
-        source, main = self.value, None if self.grid.zeros else next(iter(self.norms), None)
+        direct = [n for n in self.norms if n.x is self.value and not self.grid.zeros]
+        source, main = self.value, next(iter(direct), None)
         if main is not None:
             last = max(n for n in (main.x, main.mean, main.rstd) if n is not None)
             function = partial(normalised, _shape(main))
@@ -108,19 +109,30 @@ class CodedValue:
             x = first if main is None else _denormalised(graph, main, first, use.reader)
             reread(graph, use, self.value, x)
         for norm, use in self.image_uses:
-            y = _image(graph, norm, _of_norm(graph, main, norm, first, use.reader), use.reader)
+            y = _image(graph, norm, self._of_norm(graph, main, norm, first, use.reader), use.reader)
             assert norm.y is not None
             reread(graph, use, norm.y, y)
         for norm in self.norms:
-            z = other = _of_norm(graph, main, norm, first, norm.backward)
+            z = other = self._of_norm(graph, main, norm, first, norm.backward)
             if self.second is not None:
                 second = decoded(self.second, norm.backward, norm.backward.name)
-                other = _of_norm(graph, main, norm, second, norm.backward)
+                other = self._of_norm(graph, main, norm, second, norm.backward)
             replace_norm(graph, norm, z, other)
         for use in self.softmaxes:
             assert self.second is not None
             second = decoded(self.second, use.reader, use.reader.name)
             replace_softmax(graph, use.reader, first, second)
+
+    def _of_norm(
+        self, graph: JointGraph, main: NormUse | None, norm: NormUse, copy: fx.Node, anchor: fx.Node
+    ) -> fx.Node:
+        """What a norm makes of a copy of the value, or of what another one normalised it to."""
+        if main is not None and norm.rstd is main.rstd:
+            return copy
+        x = copy if main is None else _denormalised(graph, main, copy, anchor)
+        x = through_views(graph, norm.x, self.value, x, anchor)
+        function = partial(normalised, _shape(norm))
+        return splice_late(graph, anchor, function, x, norm.mean, norm.rstd)[0]
 
     def _decoded(
         self,
@@ -232,33 +244,39 @@ def reread(graph: JointGraph, use: Use, value: fx.Node, decoded: fx.Node) -> Non
         value: what it reads now.
         decoded: what to read in its place, of the same shape and dtype.
     """
+    again = through_views(graph, use.operand, value, decoded, use.reader)
+    graph.replace_uses(use.operand, again, [use.reader])
+
+
+def through_views(
+    graph: JointGraph, operand: fx.Node, value: fx.Node, decoded: fx.Node, anchor: fx.Node
+) -> fx.Node:
+    """Repeats the views that lead from a value to an operand on the decoded value.
+
+    Args:
+        graph: the graph to edit.
+        operand: the value, or a view of it.
+        value: what it is a view of.
+        decoded: what to view in its place, of the same shape and dtype.
+        anchor: the backward node that will read the result.
+    """
     path: list[fx.Node] = []
-    node = use.operand
+    node = operand
     while node is not value:
         path.append(node)
         node = node.all_input_nodes[0]
     made = {value: decoded}
     for view in reversed(path):
         args, kwargs = fx.map_arg((view.args, dict(view.kwargs)), lambda n: made.get(n, n))
-        made[view] = graph.repeat_before(use.reader, view, args, kwargs)
+        made[view] = graph.repeat_before(anchor, view, args, kwargs)
         graph.rebuild_in_backward(made[view])
-    graph.replace_uses(use.operand, made[use.operand], [use.reader])
+    return made[operand]
 
 
 def _image(graph: JointGraph, norm: NormUse, z: fx.Node, anchor: fx.Node) -> fx.Node:
     assert norm.y is not None
     function = partial(affine, _shape(norm), norm.y.meta["val"].dtype)
     return splice_late(graph, anchor, function, z, norm.weight, norm.bias)[0]
-
-
-def _of_norm(
-    graph: JointGraph, main: NormUse | None, norm: NormUse, z: fx.Node, anchor: fx.Node
-) -> fx.Node:
-    """What a norm makes of its input: of z, or of what another one normalised to z."""
-    if main is not None and norm.rstd is main.rstd:
-        return z
-    x = z if main is None else _denormalised(graph, main, z, anchor)
-    return splice_late(graph, anchor, partial(normalised, _shape(norm)), x, norm.mean, norm.rstd)[0]
 
 
 def _denormalised(graph: JointGraph, norm: NormUse, z: fx.Node, anchor: fx.Node) -> fx.Node:

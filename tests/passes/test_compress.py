@@ -107,6 +107,21 @@ class Afterwards(nn.Module):
         return out
 
 
+class Flattened(nn.Module):
+    """Norms that read values through views: of other dimensions, and permuted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
+        self.first, self.second = nn.LayerNorm(16), nn.LayerNorm(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.a(x)
+        x = x + self.b(self.first(x.view(-1, 16))).view_as(x)
+        y: torch.Tensor = self.c(self.second(x.transpose(0, 1)))
+        return y
+
+
 def tokens() -> torch.Tensor:
     return torch.randn(2, 8, 16)
 
@@ -119,6 +134,7 @@ CASES: dict[str, tuple[nn.Module, torch.Tensor, int]] = {
     "softmax": (nn.Sequential(Softmax(), Softmax()), tokens(), 10),
     "fused": (nn.Sequential(Fused(), Fused()), tokens(), 5),
     "images": (Residual(), torch.randn(2, 3, 16, 16), 3),
+    "views": (nn.Sequential(Flattened(), Flattened()), tokens(), 3),
     "norms behind": (Afterwards(), torch.randn(2, 3, 16, 16), 1),
 }
 SMALL = "min_numel=1,group=32"
@@ -181,7 +197,7 @@ def gradient(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name", ["relu", "gated", "attention", "softmax", "fused", "images", "norms behind"]
+    "name", ["relu", "gated", "attention", "softmax", "fused", "images", "views", "norms behind"]
 )
 def test_the_gradient_is_affine_in_every_coded_copy(
     name: str, monkeypatch: pytest.MonkeyPatch
