@@ -56,7 +56,7 @@ def backward_seconds(size: RecurrenceSize, rules: tuple[Rule, ...]) -> tuple[flo
     """
     fit = max(_LEAST_STEPS, _ELEMENTS // max(1, size.batch * size.width))
     tried = replace(size, steps=min(size.steps, fit))
-    with torch.random.fork_rng(devices=[]), unwatched():
+    with unwatched():
         runs = {rule: _backward(tried, rule) for rule in rules}
         found = interleaved_seconds(
             {f"{name} {count}": run for (name, count), run in runs.items()},
@@ -70,11 +70,11 @@ def backward_seconds(size: RecurrenceSize, rules: tuple[Rule, ...]) -> tuple[flo
 def _backward(size: RecurrenceSize, rule: Rule) -> Callable[[], object]:
     """A backward to run; its forward has run."""
     cell, (name, count) = CELLS[size.kind], rule
-    torch.manual_seed(0)
+    chance = torch.Generator(size.device).manual_seed(0)  # the user's own stays where it is
     like, rows = torch.empty(0, dtype=size.dtype, device=size.device), cell.gates * size.width
-    x = like.new_empty(size.steps, size.batch, rows).normal_()
+    x = like.new_empty(size.steps, size.batch, rows).normal_(generator=chance)
     start = like.new_zeros(size.batch, cell.states * size.width)
-    weight = like.new_empty(rows, size.width).normal_() / size.width
+    weight = like.new_empty(rows, size.width).normal_(generator=chance) / size.width
     bias = like.new_zeros(rows)
     wanted = [x, start, weight, bias]
     if name == "autograd":
