@@ -394,7 +394,8 @@ def split(joint: JointGraph) -> tuple[fx.GraphModule, fx.GraphModule]:
     symbols = [n for n in joint.nodes if joint.is_forward(n) and _is_symint(n)]
     forward, backward = _extract_fwd_bwd_modules(
         joint.module,
-        list(joint.cut),
+        # The body of a higher-order operator is no value: each half has its own.
+        [n for n in joint.cut if n.op != "get_attr" or "val" in n.meta],
         saved_sym_nodes=symbols,
         num_fwd_outputs=joint.signature.num_forward_outputs,
     )

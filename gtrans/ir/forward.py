@@ -98,7 +98,7 @@ class ForwardGraph:
         return before - len(self.graph.nodes)
 
     def _must_stay(self, node: fx.Node) -> bool:
-        return node in self._effects or _is_inplace(node) or node.is_impure()
+        return node in self._effects or is_inplace(node) or node.is_impure()
 
     def _value_of(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
@@ -117,7 +117,7 @@ class ForwardGraph:
             return target(*args, **kwargs)
 
 
-def _is_inplace(node: fx.Node) -> bool:
+def is_inplace(node: fx.Node) -> bool:
     """By torch's naming rule, the only property there is: `add_`, `relu_`, `iadd`, `setitem`."""
     if node.kwargs.get("inplace") or "out" in node.kwargs:
         return True

@@ -1,19 +1,22 @@
-"""Recurrent layers in a forward graph: found, and replaced by one operator whose parts passes set.
+"""Recurrences in a forward graph, found and rewritten: recurrent layers, and loops in Python.
 
 Dynamo shows `nn.RNN`, `nn.GRU` and `nn.LSTM` as one call each; autograd would unroll it. Each pass
 sets a few arguments of `gtrans.runtime.recurrence.recurrent_network`, so that one may choose how
-the states are found and another how their cotangents are.
+the states are found and another how their cotangents are. A loop over any other step is unrolled
+when it is captured; `gtrans.analysis.loops` finds its steps again.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from gtrans.analysis.loops import Loop, find_loops
 from gtrans.analysis.recurrence_speed import RecurrenceSize
-from gtrans.core import SitePass
+from gtrans.core import HELD_BACK, Pass, Permission, Stats
+from gtrans.errors import GraphError
 from gtrans.ir.forward import ForwardGraph, value
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import hint
@@ -23,8 +26,12 @@ from gtrans.runtime.recurrence import recurrent_network
 _KINDS = {getattr(torch, kind): kind for kind in CELLS}
 
 
-class RecurrencePass(SitePass[ForwardGraph]):
-    """A pass that sets arguments of recurrent layers.
+May = Callable[[fx.Node, str | None], bool]
+"""Told of a place and why it must stay, if so; counts it, and answers whether to rewrite it."""
+
+
+class LoopPass(Pass[ForwardGraph]):
+    """A pass that rewrites loops.
 
     The option `min_steps`, which every such pass has, leaves shorter recurrences alone.
     """
@@ -33,9 +40,61 @@ class RecurrencePass(SitePass[ForwardGraph]):
 
     min_steps: int
 
+    def run(self, graph: ForwardGraph, permitted: Permission) -> Stats:
+        """Looks at one recurrence after another."""
+        stats = Stats()
+
+        def may(site: fx.Node, reason: str | None) -> bool:
+            stats.matched += 1
+            if reason is None and not permitted(site.name):
+                reason = HELD_BACK
+            if reason is not None:
+                stats.refuse(site, reason)
+            stats.rewritten += reason is None
+            return reason is None
+
+        self.visit(graph, may)
+        return stats
+
+    def visit(self, graph: ForwardGraph, may: May) -> None:
+        """Rewrites every loop that may be."""
+        for loop in find_loops(graph):
+            if loop.is_running_sum() or not loop.tied:
+                continue  # nothing to carry; blocks with weights of their own are no recurrence
+            short = "fewer steps than min_steps" if len(loop) < self.min_steps else None
+            if may(loop.last, short or self.refuse_loop(graph, loop)):
+                self.rewrite_loop(graph, loop)
+
+    @abstractmethod
+    def refuse_loop(self, graph: ForwardGraph, loop: Loop) -> str | None:
+        """Why a loop must stay as it is, or None."""
+
+    @abstractmethod
+    def rewrite_loop(self, graph: ForwardGraph, loop: Loop) -> None:
+        """Rewrites a loop that was not refused."""
+
+
+class RecurrencePass(LoopPass):
+    """A pass that sets arguments of recurrent layers, each called as one operator."""
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """The arguments to set."""
+
+    def visit(self, graph: ForwardGraph, may: May) -> None:
+        """Rewrites the recurrent layers, then the loops."""
+        for site in list(self.sites(graph)):
+            if may(site, self.refuse(graph, site)):
+                self.rewrite(graph, site)
+        super().visit(graph, may)
+
+    def refuse_loop(self, graph: ForwardGraph, loop: Loop) -> str | None:
+        """Refuses all loops; a pass that knows what to do with one overrides this and the next."""
+        return f"a loop of {len(loop)} steps written in Python, not a recurrent layer"
+
+    def rewrite_loop(self, graph: ForwardGraph, loop: Loop) -> None:
+        """Not reached by a pass that refuses all loops."""
+        raise GraphError(f"{self.name} has no rewrite of the loop that ends at {loop.last.name}")
 
     def sites(self, graph: ForwardGraph) -> Iterable[fx.Node]:
         """Every recurrent layer."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from gtrans.runtime.cells import CELLS, Linearised
 from gtrans.runtime.scan import Carry
-from gtrans.runtime.solve import Solution, solve_backward, solve_forward
+from gtrans.runtime.solve import Solution, send_nothing, solve_backward, solve_forward
 from gtrans.runtime.watch import watch_ratio
 
 METHODS = (
@@ -113,7 +113,7 @@ def cotangents(found: Linearised, drive: torch.Tensor, rule: str, count: int) ->
         count: sweeps, or steps between cuts.
     """
     if rule == "scan":
-        return solve_backward(_nothing, drive, keep=found.matrices(), sweeps=0).states
+        return solve_backward(send_nothing, drive, keep=found.matrices(), sweeps=0).states
     if rule == "sweeps":
 
         def pull(w: torch.Tensor, part: slice) -> torch.Tensor:
@@ -125,12 +125,8 @@ def cotangents(found: Linearised, drive: torch.Tensor, rule: str, count: int) ->
     if rule == "cut":
         return _cut(found, drive, count)
     if rule in ("feedback", "linspace"):
-        return solve_backward(_nothing, drive, keep=_constant(found, rule), sweeps=0).states
+        return solve_backward(send_nothing, drive, keep=_constant(found, rule), sweeps=0).states
     return _loop(found.local, found.product, found.gates, drive)
-
-
-def _nothing(w: torch.Tensor, part: slice) -> torch.Tensor:
-    return torch.zeros_like(w)
 
 
 def _constant(found: Linearised, rule: str) -> torch.Tensor:

@@ -164,6 +164,11 @@ Pull = Callable[[torch.Tensor, slice], torch.Tensor]
 """(w[t], t in a slice) to J[t]^T w[t], the cotangents that they send to the steps before."""
 
 
+def send_nothing(w: torch.Tensor, part: slice) -> torch.Tensor:
+    """A pull of zeros: all of the Jacobians is in what is kept."""
+    return torch.zeros_like(w)
+
+
 @dataclass(frozen=True)
 class Cotangents:
     """Cotangents of the states of a chain.

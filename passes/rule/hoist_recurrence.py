@@ -10,7 +10,8 @@ Saves: all of the gates; only inputs and states are kept for the backward.
 Costs: the product of the gates once more, over all steps at once.
 Contract: exact, up to the order of sums.
 Needs: `nn.RNN`, `nn.GRU` or `nn.LSTM` with any number of layers and directions; no projection, no
-    packed sequence, no dropout between layers.
+    packed sequence, no dropout between layers. With `method=scan` also loops in Python whose step
+    works element by element (linear recurrences, minimal GRUs, state space models, leaky neurons).
 Source: gtrans. With `method=scan` the carried product is a parallel scan over matrices, as in
     Danieli et al., NeurIPS 2023, arXiv:2309.16318; (s d)^3 work a step, so for small states.
 """
@@ -20,10 +21,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
+from gtrans.analysis.loops import Loop
 from gtrans.contract import Contract, Exact
 from gtrans.core import Knob, require
 from gtrans.ir.forward import ForwardGraph
 from gtrans.rewrite.recurrences import RecurrencePass, state_size
+from gtrans.rewrite.rolled import cannot_roll, not_pointwise, roll, step_of
+from gtrans.runtime.pointwise_loop import pointwise_loop
 
 
 @dataclass(frozen=True)
@@ -70,3 +74,13 @@ class HoistRecurrence(RecurrencePass):
     def settings(self) -> dict[str, Any]:
         """The rule of the backward."""
         return {"rule": self.method}
+
+    def refuse_loop(self, graph: ForwardGraph, loop: Loop) -> str | None:
+        """Refuses all but scans over loops that work element by element."""
+        if self.method != "scan":
+            return "a loop in Python: hoist-recurrent-wgrad, or method=scan element by element"
+        return cannot_roll(graph, loop) or not_pointwise(loop, step_of(loop))
+
+    def rewrite_loop(self, graph: ForwardGraph, loop: Loop) -> None:
+        """Runs the loop by `pointwise_loop`."""
+        roll(graph, loop, step_of(loop), pointwise_loop)

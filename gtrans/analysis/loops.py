@@ -1,0 +1,365 @@
+"""Loops that tracing unrolled, found again in a forward graph.
+
+    h[1] = f(h[0], x[1]);  ..  h[T] = f(h[T-1], x[T])         T copies of f, one after another
+
+A Python loop over a cell, over solver steps, or over blocks of one structure leaves the same
+operators again and again, in the same order. So a loop is looked for as a period of the node list;
+the values that one period hands to the next make the steps a chain. What lies on a cycle of that
+hand-over is the body: it reads the carry and leads to the next carry. All else in a period, such as
+a product with the step's input or an output layer, is before or behind the loop. A cycle that is
+detached somewhere is none: a loop is a chain of gradients as well.
+
+A period may hold several loops, as two recurrent layers in one Python loop do, or a state and a
+running sum of outputs: each strongly connected part of the hand-over is a loop of its own.
+"""
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import networkx as nx
+import numpy as np
+import torch
+from torch import fx
+
+from gtrans.ir.forward import ForwardGraph, value
+
+_CALLS = ("call_function", "call_method", "get_attr")
+_SUMS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
+
+
+class Source(NamedTuple):
+    """Where an argument of a body comes from: another place in it, the carry, or outside."""
+
+    kind: Literal["body", "carry", "input"]
+    number: int
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Steps of one structure, each of which reads what the one before made.
+
+    Attributes:
+        steps: the nodes of each step's body, in the same order in all steps.
+        reads: for each place in a body, where its arguments that are nodes come from.
+        carried: the places in a body of what the next step reads.
+        starts: what the first step reads in their stead.
+        inputs: what is read from outside: slot by slot, a node for each step.
+        tied: whether all steps read the same parameters.
+    """
+
+    steps: tuple[tuple[fx.Node, ...], ...]
+    reads: tuple[tuple[Source, ...], ...]
+    carried: tuple[int, ...]
+    starts: tuple[fx.Node, ...]
+    inputs: tuple[tuple[fx.Node, ...], ...]
+    tied: bool
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def last(self) -> fx.Node:
+        """The node that ends the loop."""
+        return self.steps[-1][-1]
+
+    @cached_property
+    def nodes(self) -> frozenset[fx.Node]:
+        """The nodes of all bodies."""
+        return frozenset(n for body in self.steps for n in body)
+
+    def carry_into(self, step: int) -> tuple[fx.Node, ...]:
+        """What a step reads as its carry; with as many as there are steps, what the last left."""
+        if step == 0:
+            return self.starts
+        return tuple(self.steps[step - 1][place] for place in self.carried)
+
+    def results(self) -> tuple[int, ...]:
+        """The places in a body that something outside of the loop reads, in any step."""
+        return tuple(
+            place
+            for place in range(len(self.reads))
+            if any(user not in self.nodes for body in self.steps for user in body[place].users)
+        )
+
+    def is_running_sum(self) -> bool:
+        """Whether values are only added to the carry, and nothing reads it before the end.
+
+        The gradient of such a sum goes to every step as it is, so there is nothing to carry.
+        """
+        inner = (n for body in self.steps[:-1] for n in body)
+        sums = all(n.target in _SUMS for n in self.steps[0])
+        return sums and all(user in self.nodes for n in inner for user in n.users)
+
+
+def find_loops(graph: ForwardGraph, min_steps: int = 4) -> list[Loop]:
+    """The loops of a graph, in the order in which they end; no node is in two of them.
+
+    Args:
+        graph: a captured forward.
+        min_steps: leave out shorter ones; at least 2.
+    """
+    order = [n for n in graph.nodes if n.op in _CALLS]
+    labels = _labels(order)
+    found: list[Loop] = []
+    taken: set[fx.Node] = set()
+    for period in range(1, len(order) // max(min_steps, 2) + 1):
+        for start, length in _repeats(labels, period, (min_steps - 1) * period):
+            region = _Region(order, start, length + period, period)
+            for loop in region.loops(min_steps, taken):
+                taken |= loop.nodes
+                found.append(loop)
+    return sorted(found, key=lambda loop: loop.last)
+
+
+def _labels(order: Sequence[fx.Node]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A number for each node, the same for the same function or method."""
+    numbers: dict[Any, int] = {}
+    # A submodule that a higher-order operator calls has another name in every step.
+    keys = [n.op if n.op == "get_attr" else (n.op, n.target) for n in order]
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+
+def _repeats(
+    labels: np.ndarray[Any, np.dtype[np.int64]], period: int, least: int
+) -> Iterator[tuple[int, int]]:
+    """Maximal runs of places whose label is that of a period later: first place and length."""
+    same = np.concatenate([[False], labels[:-period] == labels[period:], [False]])
+    edges = np.flatnonzero(same[1:] != same[:-1])
+    for start, stop in edges.reshape(-1, 2).tolist():
+        if stop - start >= max(least, 1):
+            yield start, stop - start
+
+
+@dataclass(frozen=True)
+class _Region:
+    """A part of the node list that repeats with some period."""
+
+    order: Sequence[fx.Node]
+    start: int
+    length: int
+    period: int
+
+    @cached_property
+    def index(self) -> dict[fx.Node, int]:
+        part = self.order[self.start : self.start + self.length]
+        return {node: i for i, node in enumerate(part)}
+
+    def loops(self, min_steps: int, taken: set[fx.Node]) -> Iterator[Loop]:
+        """The loops of this period that contain none of the taken nodes."""
+        middle = (self.length // self.period) // 2 * self.period
+        lags = self._hand_over(middle, taken)
+        trained = [p for p in lags if _may_have_gradient(self.order[self.start + middle + p])]
+        carried = set(_cycles(lags.subgraph(trained)))
+        for part in nx.strongly_connected_components(lags):
+            rotation = (
+                None if carried.isdisjoint(part) else self._rotation(lags.subgraph(part), middle)
+            )
+            if rotation is not None:
+                chosen = sorted(part, key=lambda place: (place - rotation) % self.period)
+                yield from self._aligned(chosen, rotation, min_steps)
+
+    def _hand_over(self, middle: int, taken: set[fx.Node]) -> "nx.DiGraph[int]":
+        """The places of a period; an edge says how many periods later a place is read, at most."""
+        graph: nx.DiGraph[int] = nx.DiGraph()
+        for place in range(self.period):
+            node = self.order[self.start + middle + place]
+            if node in taken:
+                continue
+            graph.add_node(place)
+            for source in node.all_input_nodes:
+                at = self.index.get(source)
+                if at is not None and source not in taken:
+                    lag = middle // self.period - at // self.period
+                    before = graph.get_edge_data(at % self.period, place, {"lag": lag})["lag"]
+                    graph.add_edge(at % self.period, place, lag=max(lag, before))
+        return graph
+
+    def _rotation(self, inner: "nx.DiGraph[int]", middle: int) -> int | None:
+        """Where to begin a step so that the least is handed over; None if more than one period."""
+
+        def handed(rotation: int) -> tuple[int, ...] | None:
+            carried: set[int] = set()
+            for source, reader, lag in inner.edges(data="lag"):
+                shifted = lag + (reader >= rotation) - (source >= rotation)
+                if not 0 <= shifted <= 1:
+                    return None
+                if shifted == 1:
+                    carried.add(source)
+            return tuple(sorted(carried))
+
+        best: tuple[int, int] | None = None
+        for rotation in sorted(inner.nodes):
+            carried = handed(rotation)
+            if carried is not None:
+                size = sum(_size(self.order[self.start + middle + place]) for place in carried)
+                best = min(best or (size, rotation), (size, rotation))
+        return None if best is None else best[1]
+
+    def _aligned(self, places: Sequence[int], rotation: int, min_steps: int) -> Iterator[Loop]:
+        """The runs of steps that read one another alike."""
+        inner = [rotation + (place - rotation) % self.period for place in places]
+        shifts = range(0, self.length - max(inner), self.period)
+        bodies = [[self.order[self.start + shift + i] for i in inner] for shift in shifts]
+        run: list[list[fx.Node]] = []
+        for t, body in enumerate(bodies):
+            if run and not _alike(bodies, t, first=len(run) == 1):
+                yield from self._loop(run, min_steps)
+                run = []
+            run.append(body)
+        yield from self._loop(run, min_steps)
+
+    def _loop(self, steps: list[list[fx.Node]], min_steps: int) -> Iterator[Loop]:
+        """A loop of steps that are alike; the first may read several starts for one carry."""
+        for skip in range(2):
+            loop = self._made(steps[skip:]) if len(steps) - skip >= min_steps else None
+            if loop is not None:
+                yield loop
+                return
+
+    def _made(self, steps: list[list[fx.Node]]) -> Loop | None:
+        place = {n: (t, i) for t, body in enumerate(steps) for i, n in enumerate(body)}
+        carried = sorted(
+            {place[n][1] for n in steps[0] if any(_later(place, n, u) for u in n.users)}
+        )
+        starts: dict[int, fx.Node] = {}
+        columns: dict[tuple[fx.Node, ...], int] = {}
+        reads: list[tuple[Source, ...]] = []
+        for i, second in enumerate(steps[1]):
+            row: list[Source] = []
+            for number, source in enumerate(_arguments(second)):
+                t, at = place.get(source, (-1, -1))
+                if t == 1:
+                    row.append(Source("body", at))
+                elif t == 0:
+                    index, first = carried.index(at), _arguments(steps[0][i])[number]
+                    if starts.setdefault(index, first) is not first or not _fits(first, source):
+                        return None
+                    row.append(Source("carry", index))
+                else:
+                    column = tuple(_arguments(body[i])[number] for body in steps)
+                    if not place.keys().isdisjoint(column):  # read more than a step later
+                        return None
+                    row.append(Source("input", columns.setdefault(column, len(columns))))
+            reads.append(tuple(row))
+        return Loop(
+            tuple(map(tuple, steps)),
+            tuple(reads),
+            tuple(carried),
+            tuple(starts[i] for i in range(len(carried))),
+            tuple(columns),
+            self._tied(steps, columns),
+        )
+
+    def _tied(self, steps: list[list[fx.Node]], columns: dict[tuple[fx.Node, ...], int]) -> bool:
+        """Whether every step reads the same parameters, directly or through its own period."""
+        found: set[frozenset[fx.Node]] = set()
+        for t, body in enumerate(steps):
+            first = self.index[body[0]] - self.period
+            pending, seen = [c[t] for c in columns], set[fx.Node]()
+            while pending:
+                node = pending.pop()
+                if node not in seen:
+                    seen.add(node)
+                    if node in self.index and self.index[node] > first:
+                        pending += node.all_input_nodes
+            found.add(frozenset(n for n in seen if n.op == "placeholder" and _trains(n)))
+        return len(found) == 1
+
+
+def _alike(bodies: list[list[fx.Node]], t: int, *, first: bool) -> bool:
+    """Whether a step calls and reads what the one before does, a step later.
+
+    The one before may be the first, which reads a start from outside instead of the carry.
+    """
+
+    def where(node: fx.Node, step: int) -> Source | None:
+        if node in bodies[step]:
+            return Source("body", bodies[step].index(node))
+        if step and node in bodies[step - 1]:
+            return Source("carry", bodies[step - 1].index(node))
+        return None
+
+    for a, b in zip(bodies[t - 1], bodies[t], strict=True):
+        if _skeleton(a) != _skeleton(b) or not _fits(a, b):
+            return False
+        for x, y in zip(_arguments(a), _arguments(b), strict=True):
+            before, now = where(x, t - 1), where(y, t)
+            starts = first and before is None and now is not None and now.kind == "carry"
+            if before != now and not starts:
+                return False
+            if now is None and y.op == "get_attr" and not _same_code(x, y):
+                return False
+    return True
+
+
+def _arguments(node: fx.Node) -> list[fx.Node]:
+    """The arguments that are nodes, in order, as often as they are read."""
+    found: list[fx.Node] = []
+
+    def note(argument: fx.Node) -> fx.Node:
+        found.append(argument)
+        return argument
+
+    fx.map_arg((node.args, node.kwargs), note)
+    return found
+
+
+def _skeleton(node: fx.Node) -> str:
+    """A call without its arguments that are nodes."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: None)
+    target = "" if node.op == "get_attr" else node.target
+    return f"{target} {args} {kwargs}"
+
+
+def _later(place: dict[fx.Node, tuple[int, int]], node: fx.Node, user: fx.Node) -> bool:
+    return user in place and place[user][0] == place[node][0] + 1
+
+
+def _fits(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two values have the same type and sizes; what is no tensor fits."""
+    first, second = value(a), value(b)
+    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
+        return type(first) is type(second)
+    return first.dtype == second.dtype and list(first.shape) == list(second.shape)
+
+
+def _size(node: fx.Node) -> int:
+    """How much it costs to hand a value over; what is no tensor is not handed over willingly."""
+    val = value(node)
+    return int(val.numel()) if isinstance(val, torch.Tensor) else 1 << 60
+
+
+def _trains(node: fx.Node) -> bool:
+    val = value(node)
+    return isinstance(val, torch.Tensor) and val.requires_grad
+
+
+def _may_have_gradient(node: fx.Node) -> bool:
+    """Whether a gradient can flow to a value: not what is detached or compared."""
+    return _trains(node) or not isinstance(value(node), torch.Tensor)
+
+
+def _same_code(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two submodules are the same operators on the same arguments."""
+    first, second = (getattr(n.graph.owning_module, str(n.target), None) for n in (a, b))
+    if not isinstance(first, fx.GraphModule) or not isinstance(second, fx.GraphModule):
+        return first is second
+    return _code(first.graph) == _code(second.graph)
+
+
+def _code(graph: fx.Graph) -> list[str]:
+    number = {n: i for i, n in enumerate(graph.nodes)}
+    return [
+        f"{'' if n.op == 'placeholder' else _skeleton(n)} {[number[m] for m in _arguments(n)]}"
+        for n in graph.nodes
+    ]
+
+
+def _cycles(graph: "nx.DiGraph[int]") -> Iterator[int]:
+    """The nodes that lie on a cycle."""
+    for part in nx.strongly_connected_components(graph):
+        if len(part) > 1 or any(graph.has_edge(node, node) for node in part):
+            yield from part

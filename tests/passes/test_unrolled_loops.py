@@ -1,0 +1,231 @@
+"""Passes over loops that are written in Python: the exact points, the forward, and refusals."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import gtrans
+
+Gradients = dict[str, torch.Tensor]
+
+
+class Loop(nn.Module):
+    """A recurrence of some kind between two products, with a loss on all states or the last.
+
+    Args:
+        kind: a name of `_KINDS`.
+        width: of the state.
+        every: steps after which the state is detached by hand; 0 for never.
+        taps: whether every state is read, or the last one only.
+    """
+
+    def __init__(self, kind: str, width: int, every: int = 0, taps: bool = True) -> None:
+        super().__init__()
+        self.kind, self.every, self.taps = kind, every, taps
+        self.first, self.last = nn.Linear(3, width), nn.Linear(width, 2)
+        self.cell: nn.Module = {
+            "gru": nn.GRUCell, "lstm": nn.LSTMCell, "rnn": nn.RNNCell,
+        }.get(kind, nn.Linear)(width, width)  # fmt: skip
+        self.a = nn.Parameter(torch.rand(width))
+        self.b = nn.Parameter(torch.rand(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        drive = self.first(x)
+        state = [torch.zeros_like(drive[0])] * (2 if self.kind in ("lstm", "rotation") else 1)
+        outputs = []
+        for t, u in enumerate(drive.unbind(0)):
+            if self.every and t % self.every == 0:
+                state = [s.detach() for s in state]
+            state = _KINDS[self.kind](self, u, state)
+            outputs.append(self.last(state[0]))
+        return torch.stack(outputs) if self.taps else outputs[-1]
+
+
+State = list[torch.Tensor]
+
+
+def _cell(model: Loop, u: torch.Tensor, state: State) -> State:
+    return [model.cell(u, state[0])]
+
+
+def _lstm(model: Loop, u: torch.Tensor, state: State) -> State:
+    h, c = model.cell(u, (state[0], state[1]))
+    return [h, c]
+
+
+def _spiking(model: Loop, u: torch.Tensor, state: State) -> State:
+    v = 0.5 * state[0] + model.cell(u)
+    soft = torch.sigmoid(4 * (v - 0.5))
+    spike = ((v > 0.5).to(v.dtype) - soft).detach() + soft
+    return [v * (1 - spike)]
+
+
+def _linear(model: Loop, u: torch.Tensor, state: State) -> State:
+    return [model.a.sigmoid() * state[0] + u]
+
+
+def _minimal_gru(model: Loop, u: torch.Tensor, state: State) -> State:
+    z = model.cell(u).sigmoid()
+    return [torch.lerp(state[0], u, z)]
+
+
+def _independent(model: Loop, u: torch.Tensor, state: State) -> State:
+    return [torch.relu(u + model.a * state[0])]
+
+
+def _rotation(model: Loop, u: torch.Tensor, state: State) -> State:
+    (a, b), (c, s) = state, (model.a.cos(), model.b.sin())
+    return [c * a - s * b + u, s * a + c * b]
+
+
+_KINDS: dict[str, Callable[[Loop, torch.Tensor, State], State]] = {
+    "gru": _cell, "rnn": _cell, "lstm": _lstm, "spiking": _spiking, "linear": _linear,
+    "minimal-gru": _minimal_gru, "independent": _independent, "rotation": _rotation,
+}  # fmt: skip
+POINTWISE = ("spiking", "linear", "minimal-gru", "independent", "rotation")
+
+
+def _step(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
+    """Outputs and gradients, those of the input included."""
+    x = x.clone().requires_grad_()
+    out = model(x)
+    weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)
+    (out.sin() * weights).sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert x.grad is not None
+    return out.detach(), {**found, "x": x.grad}
+
+
+def _rewritten(model: nn.Module, x: torch.Tensor, passes: str) -> tuple[torch.Tensor, Gradients]:
+    torch.compiler.reset()
+    twin = copy.deepcopy(model)
+    return _step(gtrans.optimize(twin, passes=passes, backend="eager"), x)
+
+
+def _agree(found: Gradients, expected: Gradients) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@settings(max_examples=6)
+@given(
+    kind=st.sampled_from(sorted(_KINDS)),
+    steps=st.integers(4, 8),
+    every=st.integers(1, 8),
+    taps=st.booleans(),
+    frozen=st.booleans(),
+)
+def test_cutting_a_loop_is_detaching_its_state(
+    kind: str, steps: int, every: int, taps: bool, frozen: bool
+) -> None:
+    torch.manual_seed(0)
+    by_hand = Loop(kind, 3, every=every, taps=taps).double()
+    by_hand.cell.requires_grad_(not frozen)
+    model = copy.deepcopy(by_hand)
+    model.every = 0
+    x = torch.randn(steps, 2, 3, dtype=torch.float64)
+    expected, gradients = _step(by_hand, x)
+    out, found = _rewritten(model, x, f"cut-carry{{every={every}}}")
+    assert torch.equal(out, expected)
+    _agree(found, gradients)
+
+
+@settings(max_examples=8)
+@given(
+    kind=st.sampled_from(POINTWISE),
+    steps=st.integers(4, 9),
+    width=st.integers(1, 3),
+    batch=st.integers(1, 2),
+    taps=st.booleans(),
+    frozen=st.booleans(),
+)
+def test_scanning_a_loop_is_exact(
+    kind: str, steps: int, width: int, batch: int, taps: bool, frozen: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Loop(kind, width, taps=taps).double()
+    model.first.requires_grad_(not frozen)
+    x = torch.randn(steps, batch, 3, dtype=torch.float64)
+    expected, gradients = _step(copy.deepcopy(model), x)
+    out, found = _rewritten(model, x, "hoist-recurrence{method=scan}")
+    assert torch.equal(out, expected)
+    _agree(found, gradients)
+
+
+def _report(model: nn.Module, x: torch.Tensor, passes: str) -> str:
+    torch.compiler.reset()
+    return str(gtrans.explain(model, x, passes=passes))
+
+
+@pytest.mark.parametrize("kind", sorted(_KINDS))
+def test_every_kind_of_loop_is_found(kind: str) -> None:
+    text = _report(Loop(kind, 3), torch.randn(6, 2, 3), "cut-carry{every=2}")
+    assert "matched 1, rewrote 1" in text
+    scanned = _report(Loop(kind, 3), torch.randn(6, 2, 3), "hoist-recurrence{method=scan}")
+    assert ("matched 1, rewrote 1" in scanned) == (kind in POINTWISE)
+
+
+@pytest.mark.parametrize(
+    ("passes", "reason"),
+    [
+        ("cut-carry{every=6}", "no more steps than every"),
+        ("hoist-recurrence", "a loop in Python: hoist-recurrent-wgrad, or method=scan"),
+        ("hoist-recurrence{method=scan}", "a step mixes elements"),
+        ("parallel-feedforward", "fewer steps than min_steps"),
+        ("highway-recurrence{min_steps=4}", "a loop of 6 steps written in Python"),
+    ],
+)
+def test_a_loop_that_stays_says_why(passes: str, reason: str) -> None:
+    assert reason in _report(Loop("gru", 3), torch.randn(6, 2, 3), passes)
+
+
+class _Broken(nn.Module):
+    """A pointwise loop with something that keeps it unrolled."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first = how, nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, outputs = torch.zeros_like(x[0]), list[torch.Tensor]()
+        for t in range(len(x)):
+            if self.how == "in place":
+                h = (h * 0.5).add_(self.first(x[t]))
+            elif self.how == "random":
+                h = 0.5 * h + nn.functional.dropout(self.first(x[t]), 0.5)
+            elif self.how == "mixing":
+                h = h.cumsum(-1) + self.first(x[t])
+            else:
+                h = (h[:, :1] if t == 0 else h) * self.first(x[t])
+                h = h.mean(-1, keepdim=True)
+            outputs.append(h)
+        return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("in place", "a step's values are written in place"),
+        ("random", "random numbers are drawn between its steps"),
+        ("mixing", "a step mixes elements"),
+        ("wide", "a step changes the shape of its carry"),
+    ],
+)
+def test_a_loop_that_cannot_be_rolled_up_says_why(how: str, reason: str) -> None:
+    text = _report(_Broken(how), torch.randn(6, 2, 3), "hoist-recurrence{method=scan}")
+    assert reason in text
+
+
+def test_cutting_twice_is_cutting_once() -> None:
+    torch.manual_seed(0)
+    model, x = Loop("gru", 3).double(), torch.randn(9, 2, 3, dtype=torch.float64)
+    once = _rewritten(model, x, "cut-carry{every=2}")
+    twice = _rewritten(model, x, "cut-carry{every=2},cut-carry{every=2}")
+    assert torch.equal(once[0], twice[0])
+    _agree(twice[1], once[1])
