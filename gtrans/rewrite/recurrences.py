@@ -16,11 +16,19 @@ from torch import fx
 from gtrans.analysis.loops import Loop, find_loops
 from gtrans.analysis.recurrence_speed import RecurrenceSize
 from gtrans.core import HELD_BACK, Pass, Permission, Stats
-from gtrans.errors import GraphError
 from gtrans.ir.forward import ForwardGraph, value
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import hint
+from gtrans.rewrite.rolled import (
+    cannot_roll,
+    gate_of,
+    not_side_by_side,
+    operators_of,
+    roll,
+    step_of,
+)
 from gtrans.runtime.cells import CELLS
+from gtrans.runtime.loop import rolled_loop
 from gtrans.runtime.recurrence import recurrent_network
 
 _KINDS = {getattr(torch, kind): kind for kind in CELLS}
@@ -75,7 +83,13 @@ class LoopPass(Pass[ForwardGraph]):
 
 
 class RecurrencePass(LoopPass):
-    """A pass that sets arguments of recurrent layers, each called as one operator."""
+    """A pass that sets arguments of recurrent layers, each called as one operator.
+
+    Attributes:
+        rolls_loops: whether it calls loops as one operator too, with the same arguments.
+    """
+
+    rolls_loops: ClassVar[bool] = False
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -89,12 +103,21 @@ class RecurrencePass(LoopPass):
         super().visit(graph, may)
 
     def refuse_loop(self, graph: ForwardGraph, loop: Loop) -> str | None:
-        """Refuses all loops; a pass that knows what to do with one overrides this and the next."""
-        return f"a loop of {len(loop)} steps written in Python, not a recurrent layer"
+        """Why a loop must stay as it is, or None."""
+        if not self.rolls_loops:
+            return f"a loop of {len(loop)} steps written in Python, not a recurrent layer"
+        reason = cannot_roll(graph, loop)
+        if reason is not None:
+            return reason
+        step = operators_of(loop, step_of(loop))
+        return step if isinstance(step, str) else not_side_by_side(loop, step)
 
     def rewrite_loop(self, graph: ForwardGraph, loop: Loop) -> None:
-        """Not reached by a pass that refuses all loops."""
-        raise GraphError(f"{self.name} has no rewrite of the loop that ends at {loop.last.name}")
+        """Calls the loop as one operator with the arguments of this pass."""
+        written = step_of(loop)
+        step, gate = operators_of(loop, written), gate_of(loop, written)
+        assert isinstance(step, fx.GraphModule)  # see `refuse_loop`
+        roll(graph, loop, step, rolled_loop, gate=gate, **self.settings())
 
     def sites(self, graph: ForwardGraph) -> Iterable[fx.Node]:
         """Every recurrent layer."""

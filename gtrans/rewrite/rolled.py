@@ -6,6 +6,7 @@ loop, which they must not depend on. The call stands where the first step stood.
 
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from gtrans.analysis.loops import Loop, Source
 from gtrans.ir import ops
 from gtrans.ir.forward import ForwardGraph, is_inplace, value
 from gtrans.ir.tracing import traced
+from gtrans.runtime.loop import side_by_side
 
 aten = torch.ops.aten
 
@@ -55,10 +57,10 @@ def not_pointwise(loop: Loop, step: fx.GraphModule) -> str | None:
         return "the values that a step hands over differ in shape or type"
     if any(value(column[0]).dim() > first.dim() for column in loop.inputs):
         return "a step reads larger values than it hands over"
-    try:
-        found = _traced(loop, step)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        return f"its step cannot be traced: {str(error).splitlines()[0]}"
+    operators = operators_of(loop, step)
+    if isinstance(operators, str):
+        return operators
+    found = operators.graph
     moving = set(found.find_nodes(op="placeholder")[: len(carried)])
     for node in found.nodes:
         if node.op != "call_function" or moving.isdisjoint(node.all_input_nodes):
@@ -70,6 +72,68 @@ def not_pointwise(loop: Loop, step: fx.GraphModule) -> str | None:
             return f"a step changes the shape of its carry ({node.target})"
         moving.add(node)
     return None
+
+
+def not_side_by_side(loop: Loop, step: fx.GraphModule) -> str | None:
+    """Why the steps of a loop cannot run as one batch, or None."""
+    shared = _shared(loop)
+    carries = [value(n) for n in loop.starts]
+    if any(not (c.is_floating_point() and c.dtype == carries[0].dtype) for c in carries):
+        return "the values that a step hands over differ in type"
+    inputs = [value(column[0]) for column in loop.inputs]
+    mode = _mode([*carries, *inputs])
+    try:
+        with mode or nullcontext(), torch.no_grad():
+            several = [t.expand(2, *t.shape) for t in carries]
+            pairs = zip(inputs, shared, strict=True)
+            read = [t if one else t.expand(2, *t.shape) for t, one in pairs]
+            side_by_side(step, len(carries), shared)(*several, *read)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        return f"its steps cannot run side by side: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def operators_of(loop: Loop, step: fx.GraphModule) -> fx.GraphModule | str:
+    """The step as the operators that torch breaks it down to, or why there is none.
+
+    Several steps run as a batch by a rule for each operator; for what is made of them, such as a
+    cell or a normalisation, there is none.
+    """
+    try:
+        graph = _traced(loop, step)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        return f"its step cannot be traced: {str(error).splitlines()[0]}"
+    return "its step holds constants" if graph.find_nodes(op="get_attr") else _module(graph)
+
+
+def gate_of(loop: Loop, step: fx.GraphModule) -> fx.GraphModule:
+    """The operators of a step without constants, with gradients only where they are elementwise."""
+    graph = _traced(loop, step)
+    first = [value(n) for n in loop.starts]
+    made: dict[fx.Node, fx.Node] = {}
+    gate = fx.Graph()
+    moving = set(graph.find_nodes(op="placeholder")[: len(first)])
+    shapes = {tuple(c.shape) for c in first}
+    for node in graph.nodes:
+        if node.op == "output":
+            gate.output(fx.map_arg(node.args[0], lambda n: made[n]))
+            continue
+        moved = moving.intersection(node.all_input_nodes)
+        if moved:
+            moving.add(node)
+        elementwise = _is_elementwise(node) and tuple(node.meta["val"].shape) in shapes
+        if moved and not elementwise:
+            # What an operator returns in a list has no gradient: its own arguments had none.
+            tensors = [n for n in moved if isinstance(n.meta["val"], torch.Tensor)]
+            still = {n: gate.call_function(aten.detach.default, (made[n],)) for n in tensors}
+            made[node] = gate.node_copy(node, lambda n, still=still: still.get(n, made[n]))
+        else:
+            made[node] = gate.node_copy(node, lambda n: made[n])
+    return _module(gate)
+
+
+def _module(graph: fx.Graph) -> fx.GraphModule:
+    return fx.GraphModule({}, graph)
 
 
 def _is_elementwise(node: fx.Node) -> bool:
@@ -118,9 +182,15 @@ def step_of(loop: Loop) -> fx.GraphModule:
 
 
 def roll(
-    graph: ForwardGraph, loop: Loop, step: fx.GraphModule, function: Callable[..., Any]
+    graph: ForwardGraph,
+    loop: Loop,
+    step: fx.GraphModule,
+    function: Callable[..., Any],
+    **options: Any,
 ) -> None:
-    """Calls `function(step, starts, inputs, steps)` for the results of all steps.
+    """Calls `function(step, starts, inputs, steps, **options)` for the results of all steps.
+
+    An option that is a module becomes a part of the graph.
 
     The loop must not be one of `cannot_roll`.
     """
@@ -128,14 +198,21 @@ def roll(
     moved = _to_move(loop)
     for node in [n for n in graph.nodes if n in moved]:
         anchor.prepend(node)
-    name = f"step_of_{loop.last.name}"
-    graph.module.add_submodule(name, step)
-    with graph.graph.inserting_before(anchor):
-        body = graph.graph.get_attr(name)
-    body.meta["example_value"] = step
+
+    def held(module: fx.GraphModule, what: str) -> fx.Node:
+        name = f"{what}_of_{loop.last.name}"
+        graph.module.add_submodule(name, module)
+        with graph.graph.inserting_before(anchor):
+            node = graph.graph.get_attr(name)
+        node.meta["example_value"] = module
+        return node
+
+    starts = list(loop.starts)
     pairs = zip(loop.inputs, _shared(loop), strict=True)
     inputs = [column[0] if one else list(column) for column, one in pairs]
-    call = graph.insert_before(anchor, function, body, list(loop.starts), inputs, len(loop))
+    given = {k: held(v, k) if isinstance(v, fx.GraphModule) else v for k, v in options.items()}
+    body = held(step, "step")
+    call = graph.insert_before(anchor, function, body, starts, inputs, len(loop), **given)
     order = _order(loop)
     for t, nodes in enumerate(loop.steps):
         for i, place in enumerate(order):

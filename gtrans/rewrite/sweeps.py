@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from gtrans.analysis.chains import Chain, Link
 from gtrans.ir.joint import TAG, JointGraph, tag
 from gtrans.ir.sizes import hint, same_shape
+from gtrans.runtime.noise import fixed_signs
 from gtrans.runtime.watch import WATCH
 
 aten = torch.ops.aten
@@ -111,7 +112,7 @@ class Sweeps:
                 return probe
         head = self.chain.head
         if not self.probes:
-            self.probes += self.joint.splice_after(head, _signs, head)
+            self.probes += self.joint.splice_after(head, fixed_signs, head)
             return self._probe(like)
         fixed = all(isinstance(n, int) for n in (*shape, *head.meta["val"].shape))
         if not fixed or shape.numel() != head.meta["val"].numel():
@@ -188,11 +189,3 @@ class Sweeps:
         value = insert(sum_, aten.permute.default, value, order)
         value = insert(sum_, aten.clone.default, value, memory_format=torch.contiguous_format)
         return insert(sum_, aten.permute.default, value, back)
-
-
-def _signs(like: torch.Tensor) -> torch.Tensor:
-    """Plus and minus one in no order, the same in every step: a probe must draw nothing."""
-    place = torch.ones_like(like, dtype=torch.float32).flatten().cumsum(0)
-    scattered = (place * 12.9898).sin() * 43758.5453
-    signs = torch.where(scattered - scattered.floor() < 0.5, -1.0, 1.0)
-    return signs.to(like.dtype).view(like.shape)

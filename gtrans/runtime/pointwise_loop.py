@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from gtrans.runtime.loop import slots_of
 from gtrans.runtime.solve import send_nothing, solve_backward
 
 Step = Callable[..., Sequence[torch.Tensor]]
@@ -55,7 +56,7 @@ class _PointwiseLoop(torch.autograd.Function):
         shared: tuple[bool, ...],
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        state, slots = tensors[:carries], _slots(tensors[carries:], shared, steps)
+        state, slots = tensors[:carries], slots_of(tensors[carries:], shared, steps)
         before: list[torch.Tensor] = []
         results: list[torch.Tensor] = []
         for t in range(steps):
@@ -71,7 +72,7 @@ class _PointwiseLoop(torch.autograd.Function):
     def backward(ctx: Any, *given: torch.Tensor) -> Any:
         steps, count, saved = ctx.steps, ctx.carries, ctx.saved_tensors
         states = [torch.stack(saved[i : steps * count : count]) for i in range(count)]
-        slots = _slots(saved[steps * count :], ctx.shared, steps)
+        slots = slots_of(saved[steps * count :], ctx.shared, steps)
         dims = states[0].dim()
         inputs = [s[0] if len(s) == 1 else _as_batch(torch.stack(list(s)), dims) for s in slots]
         with torch.enable_grad():
@@ -122,17 +123,6 @@ def _gradients(
     outputs, sent = zip(*pairs, strict=True)
     found = torch.autograd.grad(outputs, read, sent, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(r) if g is None else g for r, g in zip(read, found, strict=True)]
-
-
-def _slots(
-    tensors: Sequence[torch.Tensor], shared: Sequence[bool], steps: int
-) -> list[Sequence[torch.Tensor]]:
-    """The inputs slot by slot: one tensor for all steps, or one for each."""
-    slots, at = [], 0
-    for one in shared:
-        slots.append(tensors[at : at + (1 if one else steps)])
-        at += len(slots[-1])
-    return slots
 
 
 def _as_batch(stacked: torch.Tensor, dims: int) -> torch.Tensor:

@@ -12,7 +12,8 @@ Costs: k products over all steps, and k + 1 scans of log2 T steps each, against 
 Contract: iterative, exact at T - 1 sweeps. Linear in the incoming gradient. A warning says if the
     last sweep still changed the gradient by half.
 Needs: as `hoist-recurrence`, which is the exact relative. Layers whose size has a faster exact
-    backward on this machine are left alone: a size is tried once, on random numbers.
+    backward on this machine are left alone: a size is tried once, on random numbers. Also a loop in
+    Python whose steps can run as a batch; its gate is found, see `gtrans.runtime.loop`.
 Source: Fagnou et al., ICLR 2025, arXiv:2501.17086, theorem 2 and table 1. For a plain RNN z is
     zero, and this is the fixed-point iteration of Song et al., ICML 2021, arXiv:2002.03629.
 """
@@ -42,6 +43,7 @@ class HighwayRecurrence(RecurrencePass):
 
     name: ClassVar[str] = "highway-recurrence"
     knob: ClassVar[Knob] = Knob.WIRE
+    rolls_loops: ClassVar[bool] = True
 
     iterations: int = 5
     min_steps: int = 16

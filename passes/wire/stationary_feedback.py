@@ -5,7 +5,7 @@
 Shapes: w: [T, B, s d]; a: [s d].
 Saves: all of the gates; no product is carried.
 Contract: aligned, without a bound; exact where every Jacobian is the diagonal a.
-Needs: as `hoist-recurrence`.
+Needs: as `hoist-recurrence`; or a loop in Python whose steps can run as a batch.
 Source: Caillon, Fagnou and Allauzen, arXiv:2503.23104. The paper fixes a to a ramp from 0 to 1,
     which is `feedback=linspace`; by default a is the mean diagonal of the Jacobians of the batch,
     which points much nearer to the gradient.
@@ -30,6 +30,7 @@ class StationaryFeedback(RecurrencePass):
 
     name: ClassVar[str] = "stationary-feedback"
     knob: ClassVar[Knob] = Knob.WIRE
+    rolls_loops: ClassVar[bool] = True
 
     feedback: Literal["measured", "linspace"] = "measured"
     min_steps: int = 4
