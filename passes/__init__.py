@@ -19,6 +19,7 @@ PASSES: dict[str, str] = {
     "hoist-recurrence": "gtrans.passes.rule.hoist_recurrence:HoistRecurrence",
     "highway-recurrence": "gtrans.passes.wire.highway_recurrence:HighwayRecurrence",
     "cut-carry": "gtrans.passes.wire.cut_carry:CutCarry",
+    "deq-backward": "gtrans.passes.wire.deq_backward:DeqBackward",
     "stationary-feedback": "gtrans.passes.wire.stationary_feedback:StationaryFeedback",
     "parallel-feedforward": "gtrans.passes.operator.parallel_feedforward:ParallelFeedforward",
     "narrow-integers": "gtrans.passes.residual.narrow_integers:NarrowIntegers",

@@ -29,6 +29,10 @@ def unwatched() -> Iterator[None]:
         _paused = before
 
 
+SETTLED = 0.05
+"""The share of its size by which the last step may still change the state of a loop."""
+
+
 def watch_ratio(last: torch.Tensor, before: torch.Tensor | None, where: str, sweeps: int) -> None:
     """Warns once a place if the last sweep still changed much of the result.
 
@@ -42,14 +46,10 @@ def watch_ratio(last: torch.Tensor, before: torch.Tensor | None, where: str, swe
         where: the place, for the message.
         sweeps: k.
     """
-    if _paused or before is None or where in _warned:
+    if before is None:
         return
-    calls = _calls[where] = _calls.get(where, 0) + 1
-    if calls > _CHECKED_FIRST and calls % _CHECKED_EVERY:
-        return
-    ratio = float((last - before).norm() / last.norm())
-    if ratio > LIMIT:
-        _warned.add(where)
+    ratio = _change(last, before, where, LIMIT)
+    if ratio is not None:
         log.warning(
             "gtrans: sweep %d over %s still changed the gradient by %.0f %%: it is far from the "
             "true one. More sweeps (iterations) settle it; gtrans.verify measures how far it is",
@@ -57,6 +57,20 @@ def watch_ratio(last: torch.Tensor, before: torch.Tensor | None, where: str, swe
             where,
             100 * ratio,
         )
+
+
+def _change(last: torch.Tensor, before: torch.Tensor, where: str, limit: float) -> float | None:
+    """The relative change, if it is time to look at a place and the change is above a limit."""
+    if _paused or where in _warned:
+        return None
+    calls = _calls[where] = _calls.get(where, 0) + 1
+    if calls > _CHECKED_FIRST and calls % _CHECKED_EVERY:
+        return None
+    ratio = float((last - before).norm() / last.norm())
+    if ratio <= limit:
+        return None
+    _warned.add(where)
+    return ratio
 
 
 def forget() -> None:
@@ -78,3 +92,30 @@ def _(last: torch.Tensor, *rest: Any) -> torch.Tensor:
 
 
 WATCH = torch.ops.gtrans.watch_sweeps.default
+
+
+@torch.library.custom_op("gtrans::watch_step", mutates_args=())
+def watch_step(last: torch.Tensor, before: torch.Tensor, where: str) -> torch.Tensor:
+    """A copy of the last state of a loop; warns if the last step changed it by much."""
+    ratio = _change(last, before, where, SETTLED)
+    if ratio is not None:
+        log.warning(
+            "gtrans: the last step of %s still changed the state by %.0f %%: it has not settled, "
+            "so deq-backward truncates its gradient. More steps, or leave deq-backward out",
+            where,
+            100 * ratio,
+        )
+    return last.clone()
+
+
+@watch_step.register_fake
+def _(last: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return torch.empty_like(last)
+
+
+def _pass_on(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    return gradient, None, None
+
+
+watch_step.register_autograd(_pass_on)
+WATCH_STEP = torch.ops.gtrans.watch_step.default
