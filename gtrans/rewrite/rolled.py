@@ -126,7 +126,7 @@ def gate_of(loop: Loop, step: fx.GraphModule) -> fx.GraphModule:
             # What an operator returns in a list has no gradient: its own arguments had none.
             tensors = [n for n in moved if isinstance(n.meta["val"], torch.Tensor)]
             still = {n: gate.call_function(aten.detach.default, (made[n],)) for n in tensors}
-            made[node] = gate.node_copy(node, lambda n, still=still: still.get(n, made[n]))
+            made[node] = gate.node_copy(node, ({**made, **still}).__getitem__)
         else:
             made[node] = gate.node_copy(node, lambda n: made[n])
     return _module(gate)

@@ -13,7 +13,7 @@ residual, the gate of a gated cell.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -157,7 +157,7 @@ class _Run:
                 inputs[i] = t
             return run(*a[:count], *inputs)
 
-        _, pull = vjp(results, *carries, *(every[i] for i in given))
+        pull = vjp(results, *carries, *(every[i] for i in given))[1]
 
         def pulled(cotangents: tuple[torch.Tensor, ...]) -> list[torch.Tensor | None]:
             found = pull(cotangents)
@@ -176,8 +176,8 @@ class _Run:
             def new(own: torch.Tensor, i: int = i) -> torch.Tensor:
                 return run(*carries[:i], own, *carries[i + 1 :], *inputs)[i]
 
-            after, pull = vjp(new, carries[i])
-            rows.append(pull(torch.ones_like(after))[0])
+            pull = vjp(new, carries[i])[1]
+            rows.append(pull(torch.ones_like(carries[i]))[0])
         return self.pack(rows)
 
     def sequential(self) -> list[torch.Tensor]:
@@ -251,16 +251,20 @@ class _Run:
         signs = fixed_signs(drive)  # a product with them twice keeps the diagonal
         return (sent(signs) * signs).mean(0).expand_as(drive)
 
+    def _carried(self, t: int, *carries: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What one step hands over."""
+        return tuple(self.single(t, carries)[: len(carries)])
+
     def _step_by_step(self, states: torch.Tensor, drive: torch.Tensor, every: int) -> torch.Tensor:
         """Exact, but that nothing crosses from step m * every to the one before."""
-        before, carries = self.before(states), self.step.carries
+        before = self.before(states)
         w = [drive[-1:]]
         for t in range(self.steps - 1, 0, -1):
             if t % every == 0:
                 w.append(drive[t - 1 : t])
                 continue
             at = [c[0] for c in self.unpack(before[t : t + 1])]
-            _, pull = vjp(lambda *c, t=t: tuple(self.single(t, c)[:carries]), *at)
+            pull = vjp(partial(self._carried, t), *at)[1]
             given = tuple(c[0] for c in self.unpack(w[-1]))
             w.append(drive[t - 1 : t] + self.pack([g[None] for g in pull(given)]))
         return torch.cat(w[::-1])
