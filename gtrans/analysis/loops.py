@@ -84,6 +84,35 @@ class Loop:
             if any(user not in self.nodes for body in self.steps for user in body[place].users)
         )
 
+    @cached_property
+    def unfinished(self) -> frozenset[fx.Node]:
+        """What reads the last carry as a step does, in a further step without some of its nodes.
+
+        The last step of a Python loop often does: what nobody reads of it is not captured.
+        """
+        carry = self.carry_into(len(self))
+        shared = [column[0] if len(set(column)) == 1 else None for column in self.inputs]
+
+        def like(node: fx.Node, place: int) -> bool:
+            given = _arguments(node)
+            sources = self.reads[place]
+            if _skeleton(node) != _skeleton(self.steps[-1][place]) or len(given) != len(sources):
+                return False
+            wanted = {"carry": carry, "input": shared}
+            return all(
+                source.kind == "body" or wanted[source.kind][source.number] in (read, None)
+                for read, source in zip(given, sources, strict=True)
+            )
+
+        readers = {user for node in carry for user in node.users if user not in self.nodes}
+        first = [i for i, row in enumerate(self.reads) if any(s.kind == "carry" for s in row)]
+        return frozenset(n for n in readers if any(like(n, place) for place in first))
+
+    @property
+    def length(self) -> int:
+        """How many steps there are, with one that is not finished."""
+        return len(self) + bool(self.unfinished)
+
     def is_running_sum(self) -> bool:
         """Whether values are only added to the carry, and nothing reads it before the end.
 
@@ -105,8 +134,9 @@ def find_loops(graph: ForwardGraph, min_steps: int = 4) -> list[Loop]:
     labels = _labels(order)
     found: list[Loop] = []
     taken: set[fx.Node] = set()
-    for period in range(1, len(order) // max(min_steps, 2) + 1):
-        for start, length in _repeats(labels, period, (min_steps - 1) * period):
+    whole = max(min_steps - 1, 2)  # the last step may be unfinished
+    for period in range(1, len(order) // whole + 1):
+        for start, length in _repeats(labels, period, (whole - 1) * period):
             region = _Region(order, start, length + period, period)
             for loop in region.loops(min_steps, taken):
                 taken |= loop.nodes
@@ -214,8 +244,8 @@ class _Region:
     def _loop(self, steps: list[list[fx.Node]], min_steps: int) -> Iterator[Loop]:
         """A loop of steps that are alike; the first may read several starts for one carry."""
         for skip in range(2):
-            loop = self._made(steps[skip:]) if len(steps) - skip >= min_steps else None
-            if loop is not None:
+            loop = self._made(steps[skip:]) if len(steps) - skip >= max(2, min_steps - 1) else None
+            if loop is not None and loop.length >= min_steps:
                 yield loop
                 return
 

@@ -69,7 +69,7 @@ class LoopPass(Pass[ForwardGraph]):
         for loop in find_loops(graph):
             if loop.is_running_sum() or not loop.tied:
                 continue  # nothing to carry; blocks with weights of their own are no recurrence
-            short = "fewer steps than min_steps" if len(loop) < self.min_steps else None
+            short = "fewer steps than min_steps" if loop.length < self.min_steps else None
             if may(loop.last, short or self.refuse_loop(graph, loop)):
                 self.rewrite_loop(graph, loop)
 

@@ -57,12 +57,13 @@ class CutCarry(RecurrencePass):
 
     def refuse_loop(self, graph: ForwardGraph, loop: Loop) -> str | None:
         """Refuses loops that are shorter than a part."""
-        return "no more steps than every" if len(loop) <= self.every else None
+        return "no more steps than every" if loop.length <= self.every else None
 
     def rewrite_loop(self, graph: ForwardGraph, loop: Loop) -> None:
         """Detaches what the first step of each part reads from the step before."""
-        for step in range(self.every, len(loop), self.every):
+        for step in range(self.every, loop.length, self.every):
+            readers = loop.steps[step] if step < len(loop) else loop.unfinished
             for carried in loop.carry_into(step):
                 detached = graph.insert_after(carried, torch.detach, carried)
-                for reader in loop.steps[step]:
+                for reader in readers:
                     reader.replace_input_with(carried, detached)

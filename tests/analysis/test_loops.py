@@ -132,3 +132,18 @@ def test_a_state_that_grows_or_is_read_two_steps_later_is_no_loop() -> None:
 
     assert loops_of(growing, torch.randn(2, 4)) == []
     assert loops_of(fibonacci, torch.randn(2, 4)) == []
+
+
+def test_a_last_step_of_which_nobody_reads_all_is_unfinished() -> None:
+    cell, head, x = nn.LSTMCell(3, 4), nn.Linear(4, 4), torch.randn(6, 2, 3)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        h = c = x.new_zeros(2, 4)
+        for step in x:
+            h, c = cell(step, (h, c))
+        return head(h)
+
+    (loop,) = loops_of(model, x)
+    assert (len(loop), loop.length) == (5, 6)
+    (reader,) = loop.unfinished
+    assert reader.target is loop.steps[0][0].target

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -114,6 +114,8 @@ def _agree(found: Gradients, expected: Gradients) -> None:
 
 
 @settings(max_examples=6)
+@example(kind="lstm", steps=4, every=1, taps=False, frozen=False)
+@example(kind="lstm", steps=5, every=2, taps=False, frozen=False)
 @given(
     kind=st.sampled_from(sorted(_KINDS)),
     steps=st.integers(4, 8),
