@@ -23,12 +23,17 @@ _MOST_LAYERS_AT_ONCE = 9
 
 
 def at_any_size(passes: "str | Pass[Any] | Pipeline") -> Pipeline:
-    """The same passes with every option `min_...` as small as they admit, for small models."""
+    """The same passes with options `min_...` as small as they admit and `only_...` off.
+
+    Small models are below the one, and where others are faster on a machine is no matter of laws.
+    """
     return Pipeline(tuple(_smallest(p) for p in as_pipeline(passes).passes))
 
 
 def _smallest(p: Pass[Any]) -> Pass[Any]:
     for f in fields(p):  # type: ignore[arg-type]  # every pass is a dataclass
+        if f.name.startswith("only_"):
+            p = replace(p, **{f.name: False})  # type: ignore[type-var]
         if f.name.startswith("min_"):
             for least in (1, 2):
                 try:

@@ -131,14 +131,25 @@ def test_an_operator_without_a_rule_freezes_with_its_name() -> None:
     assert sum(structure.analysis.unknown.values()) == 1
 
 
-def test_a_write_into_a_view_freezes_all_that_shares_the_memory() -> None:
+def test_a_write_into_a_view_concerns_what_it_covers() -> None:
     def run(m: Any, x: torch.Tensor) -> Any:
         y = m.a(x)
         y[:, :2] += 1
         return m.b(y)
 
-    model = Model(run, a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    model = Model(run, a=nn.Linear(3, 6), b=nn.Linear(6, 2))
     structure = _structure(model, torch.randn(2, 3))
+    assert {(c.size, c.exact) for c in structure.classes} == {(2, False), (4, True)}
+
+
+def test_a_write_into_a_view_beside_written_buffers_freezes_all_that_shares_the_memory() -> None:
+    def run(m: Any, x: torch.Tensor) -> Any:
+        y = m.a(m.norm(x))
+        y[:, :2] += 1
+        return m.b(y)
+
+    model = Model(run, norm=nn.BatchNorm1d(3), a=nn.Linear(3, 6), b=nn.Linear(6, 2))
+    structure = find_structure(export_program(model.train(), (torch.randn(2, 3),), {}))
     assert not [c for c in structure.classes if c.exact]
 
 
