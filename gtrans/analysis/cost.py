@@ -34,6 +34,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gtrans.analysis import kept
 from gtrans.errors import OptionError, did_you_mean
@@ -52,6 +53,8 @@ _PATIENCE_S, _SLOWEST = 0.04, 16.0
 # two fastest rounds of every kernel are this close, and the process had this share of its time.
 _ROUNDS, _MOST_ROUNDS = 3, 8
 _CLOSE, _SHARE = 1.15, 0.9
+# How it is measured; another number makes the measurements kept on disk void.
+_METHOD = 2
 
 Count = Any
 """An int, or a sympy expression."""
@@ -159,7 +162,7 @@ def calibrated_cpu() -> Device:
     """
     if kept.folder() is None:
         return DEVICES["cpu"]
-    parts = (platform.processor(), _model_name(), torch.get_num_threads(), *_FIELDS)
+    parts = (_METHOD, platform.processor(), _model_name(), torch.get_num_threads(), *_FIELDS)
     key = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
     known = kept.load("devices", key)
     try:
@@ -196,6 +199,11 @@ class Measured:
 @cache
 def measured_cpu() -> Measured:
     """This machine's CPU, by a kernel of each kind, in a second or two."""
+    with _disable_current_modes(), torch.no_grad():  # while torch traces, kernels only pretend
+        return _measured_cpu()
+
+
+def _measured_cpu() -> Measured:
     a, small = torch.ones(384, 384), torch.ones(1)
     big = cycle([torch.ones(1 << 21) for _ in range(8)])  # more than a cache holds
     image, window = torch.ones(4, 8, 64, 64), torch.ones(8, 8, 3, 3)

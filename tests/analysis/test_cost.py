@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -138,3 +139,13 @@ def test_devices_have_names() -> None:
     device = measured_cpu().device
     assert device.flops_per_s > 1e8
     assert all(1 <= f <= 16 for f in (device.scattered, device.attention))
+
+
+def test_a_calibration_while_torch_traces_runs_real_kernels() -> None:
+    measured_cpu.cache_clear()
+    with FakeTensorMode():
+        traced = measured_cpu().device
+    measured_cpu.cache_clear()
+    plain = measured_cpu().device
+    assert traced.launch_s < 5 * plain.launch_s
+    assert traced.flops_per_s < 5 * plain.flops_per_s
