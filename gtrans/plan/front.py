@@ -6,9 +6,9 @@ Candidates, each turned into a schedule, simulated for its true peak and timed b
 2. Minimum cuts over a sweep of the price of a second of recomputation, with growing classes of
    operators that may run again: pointwise and row-wise; everything but draws, effects, collectives;
    the same with products dear and all else next to free.
-3. Segments between narrow places of the forward, also within one another: only what crosses them
-   is kept, or besides it what is dear to compute again. Inside a segment that is computed again all
-   values wait for their reader, or only those that autograd would save and are dear.
+3. Segments between narrow places of the forward: only what crosses them is kept, or besides it
+   what is dear to compute again. Inside a segment that is computed again all values wait for their
+   reader, or only those that autograd would save and are dear.
 4. Mixtures of these, another one for every segment, by a dynamic program over the chain of segments
    (`gtrans.plan.chain`) for a range of peaks.
 5. Local search: a value that is alive at the peak is saved no longer, or let go of there and
@@ -45,8 +45,6 @@ Weight = Callable[[fx.Node], float | None]
 """By how much dearer than its seconds a node is; None forbids to run it again."""
 
 _SEGMENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
-# Segments, and segments within them.
-_NESTED = ((2, 6), (2, 12), (3, 12), (4, 16), (6, 48), (8, 64))
 # Prices of a second of recomputation, in saved bytes, relative to (bytes autograd keeps) / (seconds
 # of the forward).
 _PRICES = (0.02, 0.1, 0.3, 0.6, 1.0, 1.6, 2.5, 4.0)
@@ -176,22 +174,6 @@ class Front:
             for price in _INNER_PRICES:
                 label = f"{len(at) + 1} segments at price {price:g}"
                 yield _Uniform(label, _CLASSES["all"], price * rate, crossing, held, at)
-        yield from self._nested(rate)
-
-    def _nested(self, rate: float) -> Iterator[_Uniform]:
-        """Segments within segments: inner boundaries are computed again once, and wait."""
-        seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-        for count, inner_count in _NESTED:
-            at, inner = self.waists.boundaries(count), self.waists.boundaries(inner_count)
-            if not at or len(inner) < 2 * len(at) or (at, inner) in seen:
-                continue
-            seen.add((at, inner))
-            crossing, waiting = (
-                frozenset(v for p in some for v in self.waists.values_at(p)) for some in (at, inner)
-            )
-            label = f"{len(at) + 1} segments of {(len(inner) + 1) / (len(at) + 1):.0f} each"
-            price = _INNER_PRICES[0] * rate
-            yield _Uniform(label, _CLASSES["all"], price, crossing, waiting, at)
 
     def _mixtures(self) -> None:
         segments = Chain(self.joint, self.waists, self.waists.boundaries(_LENGTH))

@@ -1,6 +1,5 @@
 """Schedules, segments and the front of plans, on graphs small enough to try everything."""
 
-import re
 from collections.abc import Callable
 from itertools import chain, combinations, pairwise
 from typing import Any
@@ -134,30 +133,6 @@ def test_segments_of_a_transformer_end_at_its_residual_stream(build: Build) -> N
         assert tuple(crossing.meta["val"].shape) == (4, 32, 16)
     assert waists.boundaries(1) == ()
     assert Waists(joint, []).boundaries(4) == ()
-
-
-class Tower(nn.Module):
-    """Many layers in a row, of which each keeps one value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(48))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Args: x: [batch, 8]. Returns: a scalar."""
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x.sum()
-
-
-def test_segments_within_segments_reach_a_lower_peak() -> None:
-    """Of n layers about 2 sqrt(n) values are in memory with segments, fewer with inner ones."""
-    front = Front(_joint((Tower(), (torch.randn(512, 8),))), CPU)
-    nested = [c for c in front.candidates if re.fullmatch(r"\d+ segments of \d+ each", c.label)]
-    single = [c for c in front.candidates if re.fullmatch(r"\d+ segments at price .*", c.label)]
-    constants = front.simulate(front.schedule(front.candidates[0])).constant_bytes
-    lowest = min(c.peak for c in single) - constants
-    assert min(c.peak for c in nested) - constants < 0.9 * lowest
 
 
 def test_a_cut_that_does_not_suffice_is_refused(build: Build) -> None:
