@@ -6,6 +6,7 @@ A list is kept by hand only where torch has no property to ask for; each such li
 import math
 import operator
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -134,15 +135,20 @@ def parts(node: fx.Node) -> dict[int, fx.Node]:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether the node's result shares storage with its first argument."""
+    """Whether the node's result shares storage with its first argument.
+
+    A view of a plain number (``_conj(1j)``, as derivatives of complex values have it) allocates.
+    """
     op = overload(node)
-    if op is None:
-        return False
-    if op in _UNDECLARED_VIEWS:
-        return True
+    return op is not None and _returns_alias(op) and bool(tensor_inputs(node))
+
+
+@cache
+def _returns_alias(op: torch._ops.OpOverload) -> bool:
     returns = op._schema.returns
-    return bool(returns) and all(
-        r.alias_info is not None and not r.alias_info.is_write for r in returns
+    return op in _UNDECLARED_VIEWS or (
+        bool(returns)
+        and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
     )
 
 

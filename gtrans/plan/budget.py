@@ -136,7 +136,7 @@ class _Search:
     def __init__(self, variant: Variant, device: Device, room: int) -> None:
         self.variant = variant
         self.front = Front(variant.joint, device, stored=True)
-        self.best = self.front.best()
+        self.best = self.front.leanest()
         self.peaks = {id(c): c.peak for c in self.best}
         fitting = next((c for c in self.best if self._peak_within(c, room) <= room), None)
         than = fitting.seconds if fitting is not None else float("inf")

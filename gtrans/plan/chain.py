@@ -50,7 +50,7 @@ class Option:
         kept: bytes that live from the forward to the backward, per segment.
         needed: largest number of bytes besides constants and what this segment and earlier ones
             keep, per segment.
-        seconds: time to compute values of the segment again.
+        seconds: time to compute values of the segment again, per segment; a row for each clock.
         crossing: bytes that cross the end of each segment but the last and that it does not save.
     """
 
@@ -89,14 +89,14 @@ class Chain:
         choice: Choice,
         schedule: Schedule,
         liveness: Liveness,
-        seconds: Callable[[Task], float],
+        clocks: Sequence[Callable[[Task], float]],
     ) -> Option:
-        """Takes a simulated plan apart."""
-        kept, needed, again = (np.zeros(self.length) for _ in range(3))
+        """Takes a simulated plan apart; each clock is a way to count the seconds of a task."""
+        kept, needed = np.zeros(self.length), np.full(self.length, -np.inf)
+        again = np.zeros((len(clocks), self.length))
         for node, size in liveness.saved():
             kept[self.segment(node)] += size
         below = list(accumulate(kept))
-        needed -= np.inf
         home = self.length - 1
         for number in reversed(range(len(schedule.tasks))):
             # From the end, because what runs again stands right before the node that it is for.
@@ -107,7 +107,7 @@ class Chain:
             held = liveness.timeline[number] - liveness.constant_bytes - below[at]
             needed[at] = max(needed[at], held)
             if task.again:
-                again[self.segment(task.node)] += seconds(task)
+                again[:, self.segment(task.node)] += [seconds(task) for seconds in clocks]
         return Option(choice, kept, needed, again, self.crossing_bytes(choice))
 
     def crossing_bytes(self, choice: Choice) -> Numbers:
@@ -115,17 +115,18 @@ class Chain:
         missing = (nodes - choice.save for nodes in self.crossing)
         return np.array([sum(tensor_bytes(n.meta["val"]) for n in some) for some in missing], float)
 
-    def solve(self, options: Sequence[Option], room: float) -> list[int] | None:
+    def solve(self, options: Sequence[Option], room: float, clock: int = 0) -> list[int] | None:
         """The fastest assignment of options to segments.
 
         Args:
             options: what to choose from.
             room: bytes that the step may take besides constants.
+            clock: the number of the one that counts.
 
         Returns:
             The number of an option per segment; None if none of the assignments fits.
         """
-        return _Program(self, options, room).solve() if room > 0 else None
+        return _Program(self, options, room, clock).solve() if room > 0 else None
 
     def mixed(self, options: Sequence[Option], assignment: Sequence[int]) -> Choice:
         """The choice that follows another option in every segment."""
@@ -170,7 +171,7 @@ class Chain:
 class _Program:
     """The dynamic program for one room: least seconds per option of the last segment and level."""
 
-    def __init__(self, chain: Chain, options: Sequence[Option], room: float) -> None:
+    def __init__(self, chain: Chain, options: Sequence[Option], room: float, clock: int) -> None:
         self.options = options
         self.length = chain.length
         self.unit = room / _LEVELS
@@ -178,7 +179,7 @@ class _Program:
         self.kept = np.rint(kept / self.unit).astype(int)
         needed = np.array([o.needed for o in options])
         self.most = np.floor((room - needed) / self.unit)  # levels at which an option still fits
-        self.seconds = np.array([o.seconds for o in options])
+        self.seconds = np.array([o.seconds[clock] for o in options])
         crossing = np.array([o.crossing for o in options])
         self.change = np.rint(crossing / self.unit).astype(int)
 

@@ -25,7 +25,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import fx
 
-from gtrans.analysis.cost import Device, node_seconds
+from gtrans.analysis.cost import Device, node_flops, node_seconds
 from gtrans.analysis.liveness import Liveness, simulate
 from gtrans.analysis.schedule import Schedule, Task
 from gtrans.analysis.workspace import workspaces
@@ -35,6 +35,7 @@ from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import tensor_bytes
 from gtrans.plan import store
 from gtrans.plan.chain import Chain, Option
+from gtrans.plan.choose import fastest, leanest
 from gtrans.plan.cut import Cutter, read_directly
 from gtrans.plan.rebuild import Candidate, Choice, Rebuilder
 from gtrans.plan.waists import Waists
@@ -42,14 +43,14 @@ from gtrans.plan.waists import Waists
 _T = TypeVar("_T")
 
 Weight = Callable[[fx.Node], float | None]
-"""By how much dearer than its seconds a node is; None forbids to run it again."""
+"""Seconds that a node counts for if it runs again; None forbids it."""
 
 _SEGMENTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96)
 # Prices of a second of recomputation, in saved bytes, relative to (bytes autograd keeps) / (seconds
 # of the forward).
 _PRICES = (0.02, 0.1, 0.3, 0.6, 1.0, 1.6, 2.5, 4.0)
 _INNER_PRICES = (0.001, 0.3)
-# Relative price of what is no product, where products are to be avoided.
+# What seconds count for that are not spent on products, where these are to be avoided.
 _LEAN = 0.05
 # The dynamic program: segments, options, and how many peaks it is asked for.
 _LENGTH, _OPTIONS, _ROOMS = 48, 24, 36
@@ -95,6 +96,10 @@ class Front:
             + device.launch_s
             for n, o in joint.offers.items()
         }
+        flops = {n: node_flops(n) for n in self._seconds if ops.is_contraction(n)}
+        # Seconds that a floating-point operation costs besides: as its share of all products.
+        second = sum(flops.values()) / max(sum(self._seconds.values()), 1e-9)
+        self._dear = {n: f / max(second, 1e-9) for n, f in flops.items()}
         self._workspaces = workspaces(self._seconds)
         self._tried: set[Choice] = set()
         self._plain = frozenset(read_directly(joint))
@@ -111,15 +116,15 @@ class Front:
             return
         self._search()
         if stored:
-            store.save(joint, key, self.best())
+            store.save(joint, key, dict.fromkeys((*self.best(), *self.leanest())))
 
     def best(self) -> list[Candidate]:
         """The candidates that no other beats in both peak and time, fastest first."""
-        front: list[Candidate] = []
-        for c in sorted(self.candidates, key=lambda c: (c.seconds, c.peak)):
-            if not front or c.peak < front[-1].peak:
-                front.append(c)
-        return front
+        return fastest(self.candidates)
+
+    def leanest(self) -> list[Candidate]:
+        """Candidates that are about as fast, and run fewer products again; fastest first."""
+        return leanest(self.candidates)
 
     def schedule(self, candidate: Candidate) -> Schedule:
         """The schedule of a candidate."""
@@ -140,7 +145,7 @@ class Front:
     def _search(self) -> None:
         self._try("plain", Choice(self._plain))
         rate = sum(self._plain_bytes()) / max(sum(self._forward_seconds()), 1e-9)
-        cheap = self._cut(_CLASSES["row-wise"], 0.3 * rate)
+        cheap = self._cut(self._rowwise, 0.3 * rate)
         held = frozenset((*cheap, *self._plain_dear()))
         self._uniform(held, rate)
         self._mixtures()
@@ -157,7 +162,12 @@ class Front:
             self._try(label, Choice(save), at)
 
     def _cuts(self, held: frozenset[fx.Node], rate: float) -> Iterator[_Uniform]:
-        for name, weight in _CLASSES.items():
+        classes: dict[str, Weight] = {
+            "row-wise": self._rowwise,
+            "all": self._seconds.__getitem__,
+            "lean": self._lean,
+        }
+        for name, weight in classes.items():
             hold = frozenset() if name == "row-wise" else held
             for price in _PRICES:
                 label = f"{name} operators at price {price:g}"
@@ -173,7 +183,7 @@ class Front:
             crossing = frozenset(v for p in at for v in self.waists.values_at(p))
             for price in _INNER_PRICES:
                 label = f"{len(at) + 1} segments at price {price:g}"
-                yield _Uniform(label, _CLASSES["all"], price * rate, crossing, held, at)
+                yield _Uniform(label, self._seconds.__getitem__, price * rate, crossing, held, at)
 
     def _mixtures(self) -> None:
         segments = Chain(self.joint, self.waists, self.waists.boundaries(_LENGTH))
@@ -183,18 +193,20 @@ class Front:
         lowest = 0.8 * min(c.peak for c in self.candidates)
         highest = self.candidates[0].peak
         constants = self.simulate(self.schedule(self.candidates[0])).constant_bytes
-        rooms = min(_ROOMS, 2 * self.left // 3)
+        rooms = min(_ROOMS, self.left // 2)
         for i in range(rooms):
             room = lowest + (highest - lowest) * i / rooms - constants
-            found = segments.solve(options, room)
-            if found is not None:
-                used = len(set(found))
-                label = f"{segments.length} segments of {used} kinds"
-                self._try(label, segments.mixed(options, found))
+            for clock in (0, 1) if i % 2 == 0 else (0,):  # seconds, and for some the cost
+                found = segments.solve(options, room, clock)
+                if found is not None:
+                    used = len(set(found))
+                    label = f"{segments.length} segments of {used} kinds"
+                    self._try(label, segments.mixed(options, found))
 
     def _options(self) -> list[Candidate]:
         """The candidates to mix: the front first, then those that are near it."""
-        return [*_spread(self.best(), _OPTIONS // 2), *self._near_front()][:_OPTIONS]
+        front = [*_spread(self.best(), _OPTIONS // 2), *_spread(self.leanest(), _OPTIONS // 4)]
+        return list(dict.fromkeys((*front, *self._near_front())))[:_OPTIONS]
 
     def _near_front(self) -> list[Candidate]:
         """The candidates that another one beats, the closest ones first."""
@@ -206,13 +218,17 @@ class Front:
     def _option(self, segments: Chain, candidate: Candidate) -> Option:
         schedule = self.schedule(candidate)
         return segments.option(
-            candidate.choice, schedule, self.simulate(schedule), self._task_seconds
+            candidate.choice,
+            schedule,
+            self.simulate(schedule),
+            (self._task_seconds, self._task_cost),
         )
 
     def _local_search(self) -> None:
         tried: set[Choice] = set()
         while self.left > 0:
-            fresh = [c for c in self.best() if c.choice not in tried]
+            front = dict.fromkeys((*self.best(), *self.leanest()))
+            fresh = [c for c in front if c.choice not in tried]
             if not fresh and self.is_small:
                 fresh = [c for c in self._near_front() if c.choice not in tried][:8]
             if not fresh:
@@ -280,7 +296,9 @@ class Front:
         if schedule is not None:
             peak = self.simulate(schedule).peak
             self.candidates.append(
-                Candidate(label, choice, peak, self.seconds(schedule), boundaries)
+                Candidate(
+                    label, choice, peak, self.seconds(schedule), self._cost(schedule), boundaries
+                )
             )
 
     def _cut(
@@ -291,8 +309,8 @@ class Front:
                 return None
             if node in self._offer_seconds:
                 return price * self._offer_seconds[node]
-            factor = weight(node)
-            return None if factor is None else factor * price * self._seconds[node]
+            seconds = weight(node)
+            return None if seconds is None else price * seconds
 
         return frozenset(self._cutter.cut(cost))
 
@@ -302,6 +320,22 @@ class Front:
         if task.offered:
             return self._offer_seconds[task.node]
         return self._seconds.get(task.node, 0.0)
+
+    def _task_cost(self, task: Task) -> float:
+        dear = 0.0 if task.offered else self._dear.get(task.node, 0.0)
+        return self._task_seconds(task) + dear
+
+    def _cost(self, schedule: Schedule) -> float:
+        return self.seconds(schedule) + sum(
+            self._dear.get(t.node, 0.0) for t in schedule.again if not t.offered
+        )
+
+    def _lean(self, node: fx.Node) -> float:
+        return self._dear.get(node, _LEAN * self._seconds[node])
+
+    def _rowwise(self, node: fx.Node) -> float | None:
+        cheap = _is_cheap(node) or node.target in ops.ROWWISE
+        return self._seconds[node] if cheap else None
 
     def _plain_bytes(self) -> Iterator[int]:
         for n in self._plain:
@@ -341,13 +375,6 @@ def _maker(node: fx.Node) -> fx.Node:
 
 def _is_cheap(node: fx.Node) -> bool:
     return ops.is_pointwise(node) or ops.is_fill(node) or node.target in ops.COPIES
-
-
-_CLASSES: dict[str, Weight] = {
-    "row-wise": lambda n: 1.0 if _is_cheap(n) or n.target in ops.ROWWISE else None,
-    "all": lambda n: 1.0,
-    "lean": lambda n: 1.0 if ops.is_contraction(n) else _LEAN,
-}
 
 
 def _is_savable(node: fx.Node) -> bool:

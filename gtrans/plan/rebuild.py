@@ -62,6 +62,8 @@ class Candidate:
         choice: what it saves.
         peak: simulated peak in bytes, constants included.
         seconds: predicted time of forward and backward.
+        cost: seconds, and besides them a share of the step's own: that of its products which run
+            again. See `gtrans.plan.choose`.
         boundaries: positions of its segments, if it has any.
     """
 
@@ -69,6 +71,7 @@ class Candidate:
     choice: Choice
     peak: int
     seconds: float
+    cost: float
     boundaries: tuple[int, ...] = ()
 
 

@@ -63,7 +63,7 @@ def load(joint: JointGraph, key: str) -> list[Candidate] | None:
         hold = None if row["hold"] is None else named(row["hold"])
         dropped = frozenset((nodes[i], position) for i, position in row["dropped"])
         choice = Choice(named(row["save"]), hold, row["window"], dropped)
-        return Candidate(row["label"], choice, row["peak"], row["seconds"])
+        return Candidate(row["label"], choice, row["peak"], row["seconds"], row["cost"])
 
     try:
         return [candidate(row) for row in rows] if rows else None
@@ -83,6 +83,7 @@ def save(joint: JointGraph, key: str, candidates: Iterable[Candidate]) -> None:
             "dropped": sorted([number[n], position] for n, position in c.choice.dropped),
             "peak": c.peak,
             "seconds": c.seconds,
+            "cost": c.cost,
         }
         for c in candidates
     ]

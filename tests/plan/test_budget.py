@@ -183,3 +183,28 @@ def test_no_budget_for_a_held_back_plan(build: Build) -> None:
     assert original is not None
     stats = plan.run(original.copy(), lambda site: False)
     assert stats.skipped == {"held back by the rewrite limit": 1}
+
+
+def test_a_budget_is_kept_where_sizes_change(build: Build) -> None:
+    """One plan for all batches, made for the traced one; it saves less and is exact."""
+    model, (x, *rest) = build("mlp")
+    batches = [x, x.repeat(2, *(1 for _ in x.shape[1:]))]
+    for batch in batches:
+        torch._dynamo.mark_dynamic(batch, 0)
+    expected = [_gradients(model, (batch, *rest)) for batch in batches]
+    gtrans.optimize(model, memory=0.7, backend="eager", on_error="raise")
+    for batch, wanted in zip(batches, expected, strict=True):
+        for grad, other in zip(_gradients(model, (batch, *rest)), wanted, strict=True):
+            torch.testing.assert_close(grad, other)
+    (record,) = gtrans.report(model).training  # the second batch has the same graph
+    assert record.rewritten is not None
+    assert any(isinstance(n.meta.get("val"), torch.SymInt) for n in record.rewritten.nodes)
+    explanation = gtrans.report(model)
+    assert explanation.budget is not None
+    assert explanation.peak <= explanation.budget < explanation.plain_peak
+
+
+def _gradients(model: nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    model(*inputs).backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]

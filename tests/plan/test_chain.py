@@ -64,8 +64,8 @@ def _fits(options: list[Option], assignment: tuple[int, ...], extra: list[list[i
     return True
 
 
-def _seconds(options: list[Option], assignment: Sequence[int]) -> float:
-    return float(sum(options[c].seconds[i] for i, c in enumerate(assignment)))
+def _seconds(options: list[Option], assignment: Sequence[int], clock: int) -> float:
+    return float(sum(options[c].seconds[clock, i] for i, c in enumerate(assignment)))
 
 
 @settings(max_examples=25)
@@ -80,25 +80,31 @@ def test_no_assignment_is_faster(chain: Chain, data: st.DataObject) -> None:
     saves: list[frozenset[fx.Node]] = [frozenset(), frozenset().union(*chain.crossing)]
     choices = [Choice(data.draw(st.sampled_from(saves))) for _ in range(3)]
     options = [
-        Option(c, row(sizes), row(sizes), row(seconds), chain.crossing_bytes(c)) for c in choices
-    ]
+        Option(
+            c, row(sizes), row(sizes), np.array([row(seconds), row(seconds)]),
+            chain.crossing_bytes(c),
+        )
+        for c in choices
+    ]  # fmt: skip
     # What crosses a boundary is kept where the option changes: 4 KiB each, four levels of 1 KiB.
     extra = [
         [sum(tensor_bytes(n.meta["val"]) for n in at - o.choice.save) for o in options]
         for at in chain.crossing
     ]
     feasible = [a for a in product(range(3), repeat=4) if _fits(options, a, extra)]
-    found = chain.solve(options, ROOM)
-    assert (found is not None) == bool(feasible)
-    if found is not None:
-        assert _fits(options, tuple(found), extra)
-        assert _seconds(options, found) == min(_seconds(options, a) for a in feasible)
+    for clock in (0, 1):
+        found = chain.solve(options, ROOM, clock)
+        assert (found is not None) == bool(feasible)
+        if found is not None:
+            assert _fits(options, tuple(found), extra)
+            best = min(_seconds(options, a, clock) for a in feasible)
+            assert _seconds(options, found, clock) == best
 
 
 def test_no_room_no_plan(chain: Chain) -> None:
     nothing = Choice(frozenset())
     ones = np.ones(4)
-    option = Option(nothing, ones, ones, ones, chain.crossing_bytes(nothing))
+    option = Option(nothing, ones, ones, ones[None], chain.crossing_bytes(nothing))
     assert chain.solve([option], -1.0) is None
     assert chain.solve([option], 2.0) is None
 
@@ -116,7 +122,7 @@ def test_an_option_adds_up_to_its_plan(build: Callable[[str], tuple[nn.Module, A
         schedule = front.schedule(candidate)
         liveness = front.simulate(schedule)
         option = chain.option(
-            candidate.choice, schedule, liveness, lambda t: float(t.node.target is not None)
+            candidate.choice, schedule, liveness, [lambda t: float(t.node.target is not None)]
         )
         assert option.kept.sum() == sum(size for _, size in liveness.saved())
         assert option.seconds.sum() == len(schedule.again)
