@@ -20,7 +20,7 @@ The list does not depend on any budget, so that a larger budget never gives a sl
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple, TypeVar
 
 from torch import fx
@@ -53,13 +53,15 @@ _INNER_PRICES = (0.001, 0.3)
 # What seconds count for that are not spent on products, where these are to be avoided.
 _LEAN = 0.05
 # The dynamic program: segments, options, and how many peaks it is asked for.
-_LENGTH, _OPTIONS, _ROOMS = 48, 24, 36
+_LENGTH, _OPTIONS, _ROOMS = 48, 24, 30
+# Neighbours on the front that it mixes in the end, and in how many parts.
+_GAPS, _PARTS = 8, 4
 # Share of the simulations that cuts and segments may use up.
 _SHARE = 0.5
 # Readers of one recomputed value that are this many backward nodes apart share it.
 _WINDOW = 8
 # Simulations: so many tasks in all, but not fewer or more simulations than this.
-_TASKS, _FEWEST, _MOST = 500_000, 70, 260
+_TASKS, _FEWEST, _MOST = 2_000_000, 70, 400
 # Graphs of so few forward operators are searched further, with so many simulations.
 _SMALL, _MANY = 12, 600
 
@@ -96,10 +98,7 @@ class Front:
             + device.launch_s
             for n, o in joint.offers.items()
         }
-        flops = {n: node_flops(n) for n in self._seconds if ops.is_contraction(n)}
-        # Seconds that a floating-point operation costs besides: as its share of all products.
-        second = sum(flops.values()) / max(sum(self._seconds.values()), 1e-9)
-        self._dear = {n: f / max(second, 1e-9) for n, f in flops.items()}
+        self._dear: dict[fx.Node, float] = {}
         self._workspaces = workspaces(self._seconds)
         self._tried: set[Choice] = set()
         self._plain = frozenset(read_directly(joint))
@@ -143,12 +142,17 @@ class Front:
     # ------------------------------------------------------------------ candidates
 
     def _search(self) -> None:
+        self._dear = self._shares_of_products()
         self._try("plain", Choice(self._plain))
         rate = sum(self._plain_bytes()) / max(sum(self._forward_seconds()), 1e-9)
         cheap = self._cut(self._rowwise, 0.3 * rate)
         held = frozenset((*cheap, *self._plain_dear()))
         self._uniform(held, rate)
-        self._mixtures()
+        segments = Chain(self.joint, self.waists, self.waists.boundaries(_LENGTH))
+        if segments.length > 1:
+            self._mixtures(segments)
+            self._local_search(self.left // 2)
+            self._between(segments)
         self._local_search()
 
     def _uniform(self, held: frozenset[fx.Node], rate: float) -> None:
@@ -185,23 +189,62 @@ class Front:
                 label = f"{len(at) + 1} segments at price {price:g}"
                 yield _Uniform(label, self._seconds.__getitem__, price * rate, crossing, held, at)
 
-    def _mixtures(self) -> None:
-        segments = Chain(self.joint, self.waists, self.waists.boundaries(_LENGTH))
-        if segments.length < 2:
-            return
+    def _mixtures(self, segments: Chain) -> None:
         options = [self._option(segments, c) for c in self._options()]
-        lowest = 0.8 * min(c.peak for c in self.candidates)
-        highest = self.candidates[0].peak
         constants = self.simulate(self.schedule(self.candidates[0])).constant_bytes
-        rooms = min(_ROOMS, self.left // 2)
-        for i in range(rooms):
-            room = lowest + (highest - lowest) * i / rooms - constants
-            for clock in (0, 1) if i % 2 == 0 else (0,):  # seconds, and for some the cost
-                found = segments.solve(options, room, clock)
+        for room, clock in self._rooms(min(_ROOMS, self.left // 2)):
+            found = segments.solve(options, room - constants, clock)
+            if found is not None:
+                used = len(set(found))
+                label = f"{segments.length} segments of {used} kinds"
+                self._try(label, segments.mixed(options, found))
+
+    def _rooms(self, count: int) -> Iterator[tuple[float, int]]:
+        """Peaks to aim at, and whether seconds (0) or the cost (1) is to be least.
+
+        The lower, the closer to one another.
+        """
+        lowest = 0.8 * min(c.peak for c in self.candidates)
+        ratio = self.candidates[0].peak / lowest
+        for i in range(count):
+            room = lowest * ratio ** (i / count)
+            yield room, 0
+            if i % 3 == 0:
+                yield room, 1
+
+    def _between(self, segments: Chain) -> None:
+        """Tries mixtures of neighbours on the front, where it has the widest gaps."""
+        constants = self.simulate(self.schedule(self.candidates[0])).constant_bytes
+        pairs = sorted(
+            pairwise(self.leanest()),
+            key=lambda pair: (pair[1].peak - pair[0].peak) * (pair[1].cost - pair[0].cost),
+        )
+        for pair in pairs[:_GAPS]:
+            high, low = pair
+            options = [self._option(segments, c) for c in pair]
+            for part in (0.75, 0.5, 0.25):
+                room = low.peak + part * (high.peak - low.peak) - constants
+                found = segments.solve(options, room, 1)
                 if found is not None:
-                    used = len(set(found))
-                    label = f"{segments.length} segments of {used} kinds"
+                    label = f"{segments.length} segments of two kinds"
                     self._try(label, segments.mixed(options, found))
+            for position in self.waists.boundaries(_PARTS):
+                for first, then in (pair, pair[::-1]):
+                    joined = self._joined(first.choice, then.choice, position)
+                    self._try(f"two kinds, split at {position}", joined)
+
+    def _joined(self, first: Choice, then: Choice, position: int) -> Choice:
+        """One choice up to a position of the forward, another one after it."""
+
+        def either(one: frozenset[fx.Node], other: frozenset[fx.Node]) -> frozenset[fx.Node]:
+            early = {n for n in one if self._at(n) <= position}
+            return frozenset(early.union(n for n in other if self._at(n) > position))
+
+        everything = frozenset(self.waists.nodes)
+        holds = [everything if c.hold is None else c.hold for c in (first, then)]
+        hold = None if first.hold is None and then.hold is None else either(*holds)
+        window = max(first.window, then.window)
+        return Choice(either(first.save, then.save), hold, window)
 
     def _options(self) -> list[Candidate]:
         """The candidates to mix: the front first, then those that are near it."""
@@ -224,9 +267,10 @@ class Front:
             (self._task_seconds, self._task_cost),
         )
 
-    def _local_search(self) -> None:
+    def _local_search(self, until: int = 0) -> None:
+        """Tries what differs little from a plan of the front, until so many tries are left."""
         tried: set[Choice] = set()
-        while self.left > 0:
+        while self.left > until:
             front = dict.fromkeys((*self.best(), *self.leanest()))
             fresh = [c for c in front if c.choice not in tried]
             if not fresh and self.is_small:
@@ -234,6 +278,8 @@ class Front:
             if not fresh:
                 return
             for c in _spread(fresh, 8):
+                if self.left <= until:
+                    return
                 tried.add(c.choice)
                 for choice in chain(self._moves(c), self._flips(c) if self.is_small else ()):
                     self._try(
@@ -248,9 +294,10 @@ class Front:
             a.node for a in alive if a.role == "saved" and not self.rebuilder.must_save(a.node)
         ]
         for node in saved[:3]:
+            like = sorted(n for n in saved if _kind(n) == _kind(node))
             yield replace(choice, save=choice.save - {node})
-            if len(like := frozenset(n for n in saved if _kind(n) == _kind(node))) > 1:
-                yield replace(choice, save=choice.save - like)
+            for count in sorted({-(-len(like) // 2), len(like)} - {1}):
+                yield replace(choice, save=choice.save.difference(like[:count]))
         waiting = [a.node for a in alive if a.role == "recomputed"]
         hold = frozenset(t.node for t in schedule.again) if choice.hold is None else choice.hold
         for node in waiting[:2]:
@@ -320,6 +367,14 @@ class Front:
         if task.offered:
             return self._offer_seconds[task.node]
         return self._seconds.get(task.node, 0.0)
+
+    def _shares_of_products(self) -> dict[fx.Node, float]:
+        """Of every product its share of the flops of the plain step, in seconds of that step."""
+        flops = {n: node_flops(n) for n in self._seconds if ops.is_contraction(n)}
+        plain = self.rebuilder.schedule(Choice(self._plain))
+        assert plain is not None  # nothing runs twice but what passes placed there
+        seconds = self.seconds(plain) / max(1, sum(flops.get(t.node, 0) for t in plain.tasks))
+        return {n: f * seconds for n, f in flops.items()}
 
     def _task_cost(self, task: Task) -> float:
         dear = 0.0 if task.offered else self._dear.get(task.node, 0.0)
