@@ -61,7 +61,7 @@ _SHARE = 0.5
 # Readers of one recomputed value that are this many backward nodes apart share it.
 _WINDOW = 8
 # Simulations: so many tasks in all, but not fewer or more simulations than this.
-_TASKS, _FEWEST, _MOST = 2_000_000, 70, 400
+_TASKS, _FEWEST, _MOST = 2_000_000, 70, 320
 # Graphs of so few forward operators are searched further, with so many simulations.
 _SMALL, _MANY = 12, 600
 
