@@ -40,6 +40,7 @@ from gtrans.plan.cut import read_directly
 from gtrans.plan.planner import Plan
 from gtrans.plan.saved import saved_bytes, saved_values
 from gtrans.registry import load_backend
+from gtrans.rewrite.recurrences import differentiable_layers
 
 log = logging.getLogger("gtrans")
 
@@ -93,8 +94,9 @@ class Compiler:
         record = Captured(self.first_index + len(self.captured), _frame())
         self.captured.append(record)
         start = time.perf_counter()
-        forward, record.forward_steps = self.pipeline.on(ForwardGraph).run(
-            ForwardGraph(module),
+        forward = ForwardGraph(module)
+        forward, record.forward_steps = self.pipeline.on_forward(forward).run(
+            forward,
             gate=self.gate,
             observers=self.observers,
             skip_failures=self.skip_failures,
@@ -218,7 +220,7 @@ def _traced(
     )
     # AOTAutograd's cache would return a step made by another pipeline: its key is the graph as
     # captured, without passes. It looks a backend like this up only if it is forced to.
-    with functorch_config.patch(force_autograd_cache=False):
+    with functorch_config.patch(force_autograd_cache=False), differentiable_layers(forward):
         return trace(forward.module, example_inputs)
 
 

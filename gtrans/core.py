@@ -125,6 +125,8 @@ class Pass(ABC, Generic[GraphT]):
             gradients over several batches or workers is right only for passes that are.
         homogeneous: whether four times the cotangent gives four times the gradient. Scaling the
             loss, as mixed precision does, is right only for passes that are.
+        reads_steps: whether it looks in the joint graph for the steps of recurrent layers, which
+            are then unrolled even where one operator computes the layer.
     """
 
     name: ClassVar[str]
@@ -132,6 +134,7 @@ class Pass(ABC, Generic[GraphT]):
     linear: ClassVar[bool] = True
     homogeneous: ClassVar[bool] = True
     works_on: ClassVar[GraphKind] = JointGraph
+    reads_steps: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -26,7 +26,7 @@ from gtrans.errors import (
     did_you_mean,
 )
 from gtrans.ir.check import check_forward, check_joint, check_program
-from gtrans.ir.forward import ForwardGraph
+from gtrans.ir.forward import RECURRENT_LAYERS, ForwardGraph
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.printer import target_name
 from gtrans.ir.program import Program
@@ -47,6 +47,10 @@ ADMITTED = {
 UNDER_BUDGET = ("chunked-loss",)
 """Forward passes that a plan under a memory budget may call in, where that makes the step faster or
 is the only way to fit."""
+
+WHOLE_LAYERS = ("fused-lstm",)
+"""Forward passes that keep recurrent layers whole. They run behind all others, asked for or not,
+unless a pass of the pipeline reads the steps of layers."""
 
 ALIASES = {"default": DEFAULT, "none": ""}
 
@@ -207,6 +211,14 @@ class Pipeline:
     def on(self, kind: type[Graph]) -> "Pipeline":
         """The passes that work on this kind of graph."""
         return Pipeline(tuple(p for p in self.passes if p.works_on is kind))
+
+    def on_forward(self, graph: ForwardGraph) -> "Pipeline":
+        """The passes that work on forward graphs, and those that keep its layers whole."""
+        passes = self.on(ForwardGraph).passes
+        if graph.calls(*RECURRENT_LAYERS) and not any(p.reads_steps for p in self.passes):
+            names = {p.name for p in passes}
+            passes += tuple(make_pass(name, {}) for name in WHOLE_LAYERS if name not in names)
+        return Pipeline(passes)
 
     @property
     def changing(self) -> "Pipeline":

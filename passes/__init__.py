@@ -27,6 +27,7 @@ PASSES: dict[str, str] = {
     "guided-relu": "gtrans.passes.rule.guided_relu:GuidedRelu",
     "straight-through": "gtrans.passes.rule.straight_through:StraightThrough",
     "erase-zeros": "gtrans.passes.structure.erase_zeros:EraseZeros",
+    "fused-lstm": "gtrans.passes.operator.fused_lstm:FusedLstm",
     "chunked-loss": "gtrans.passes.operator.chunked_loss:ChunkedLoss",
     "to-reversible": "gtrans.passes.operator.to_reversible:ToReversible",
     "wide-streams": "gtrans.passes.operator.wide_streams:WideStreams",

@@ -14,6 +14,8 @@ of the dynamic dimensions alike:
     convolution                      2 numel(y) c_in/groups numel(window); transposed: of x
     its backward                     the same per wanted gradient of input and weight
     attention [b,h,q,d] x [b,h,k,d]  4 b h q k d, backward 10 b h q k d, causal or not
+    LSTM layer x [t,b,n], d wide     8 t b d (n + d), backward twice as many; t kernels in a row
+    recurrence x [t,b,g d]           2 t b g d d, backward three times as many; several a step
     anything else                    one per element written; views nothing
 
 Source: the usual counts (as torch.utils.flop_counter); roofline: Williams et al. 2009.
@@ -42,7 +44,11 @@ from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import expression, hint
 from gtrans.memory import Budget
-from gtrans.runtime import chunked_loss  # noqa: F401  # declares the operator that is priced here
+from gtrans.runtime import (  # noqa: F401  # declare the operators that are priced here
+    chunked_loss,
+    fused_lstm,
+    recurrence,
+)
 
 aten = torch.ops.aten
 
@@ -300,7 +306,8 @@ def node_seconds(node: fx.Node, device: Device) -> float:
         flops_per_s = max(device.flops_per_s / 8, 1.0)  # no matrix units
     moved, computed = node_bytes(node) / device.bytes_per_s, node_flops(node) / flops_per_s
     roofline = computed + moved if node.target in _IN_TURNS else max(computed, moved)
-    return _slower(node, device) * roofline + device.launch_s
+    kernels = _IN_A_ROW[node.target](node, hint) if node.target in _IN_A_ROW else 1
+    return _slower(node, device) * roofline + kernels * device.launch_s
 
 
 def _slower(node: fx.Node, device: Device) -> float:
@@ -410,9 +417,39 @@ def _logits_moved(node: fx.Node, size: Size) -> Count:
     return _PASSES_OVER_LOGITS * _value(node, 0).element_size() * _logits(node, size)
 
 
+def _lstm(first: int, products: int) -> Callable[[fx.Node, Size], Count]:
+    """A fused LSTM whose x, W_ih and W_hh start at this argument: its number of products."""
+
+    def flops(node: fx.Node, size: Size) -> Count:
+        x, *weights = (_value(node, first + i) for i in range(3))
+        rows = size(x.shape[0]) * size(x.shape[1])
+        return 2 * products * rows * sum(_numel(w, size) for w in weights)
+
+    return flops
+
+
+def _recurrence(first: int, products: int) -> Callable[[fx.Node, Size], Count]:
+    """A recurrence whose x, start and U start at this argument: its number of products."""
+
+    def flops(node: fx.Node, size: Size) -> Count:
+        x, weight = _value(node, first), _value(node, first + 2)
+        return 2 * products * _numel(x, size) * size(weight.shape[1])
+
+    return flops
+
+
+def _steps(first: int, each: int) -> Callable[[fx.Node, Size], Count]:
+    """Kernels that run one after another over the x at this argument: so many a step."""
+    return lambda node, size: each * size(_value(node, first).shape[0])
+
+
 # Reads and writes of each logit between the products of a chunked loss.
 _PASSES_OVER_LOGITS = 8
 _LINEAR_LOSS: Any = torch.ops.gtrans.linear_cross_entropy.default
+_LSTM: Any = torch.ops.gtrans.fused_lstm.default
+_LSTM_BACKWARD: Any = torch.ops.gtrans.fused_lstm_backward.default
+_RECURRENCE: Any = torch.ops.gtrans.recurrence.default
+_RECURRENCE_BACKWARD: Any = torch.ops.gtrans.recurrence_backward.default
 # Kernels made of products and of passes over memory, one after the other, and the bytes that these
 # move besides inputs and outputs.
 _IN_TURNS: dict[Any, Callable[[fx.Node, Size], Count]] = {_LINEAR_LOSS: _logits_moved}
@@ -439,6 +476,17 @@ _FORMULAS: dict[Any, Callable[[fx.Node, Size], Count]] = {
     **_CONVOLUTIONS,
     **_ATTENTION,
     _LINEAR_LOSS: _linear_loss,
+    _LSTM: _lstm(0, 1),
+    _LSTM_BACKWARD: _lstm(3, 2),
+    _RECURRENCE: _recurrence(0, 1),
+    _RECURRENCE_BACKWARD: _recurrence(2, 3),
+}
+# How many kernels each of these runs one after another.
+_IN_A_ROW: dict[Any, Callable[[fx.Node, Size], Count]] = {
+    _LSTM: _steps(0, 1),
+    _LSTM_BACKWARD: _steps(3, 1),
+    _RECURRENCE: _steps(0, 8),
+    _RECURRENCE_BACKWARD: _steps(2, 2),
 }
 _SCATTERED = {
     aten.max_pool2d_with_indices.default,

@@ -13,13 +13,14 @@ import torch
 
 from gtrans.analysis.measure import interleaved_seconds
 from gtrans.runtime.cells import CELLS
+from gtrans.runtime.fused_lstm import fused_lstm_backward, fused_lstm_layer
 from gtrans.runtime.recurrence import Recurrence, recurrence_backward
 from gtrans.runtime.watch import unwatched
 
 _ELEMENTS, _LEAST_STEPS, _ROUNDS = 1 << 19, 32, 3
 
 Rule = tuple[str, int]
-"""A rule of `gtrans.runtime.recurrence.cotangents` and its count, or ("autograd", 0)."""
+"""A rule of `gtrans.runtime.recurrence.cotangents` and its count; or "autograd", "fused", and 0."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def backward_seconds(size: RecurrenceSize, rules: tuple[Rule, ...]) -> tuple[flo
 
     Args:
         size: of the layer.
-        rules: which; "autograd" unrolls the steps as torch does where it compiles a layer.
+        rules: which; "autograd" unrolls the steps as torch does where it compiles a layer, and
+            "fused" is oneDNN's LSTM.
     """
     fit = max(_LEAST_STEPS, _ELEMENTS // max(1, size.batch * size.width))
     tried = replace(size, steps=min(size.steps, fit))
@@ -77,6 +79,8 @@ def _backward(size: RecurrenceSize, rule: Rule) -> Callable[[], object]:
     weight = like.new_empty(rows, size.width).normal_(generator=chance) / size.width
     bias = like.new_zeros(rows)
     wanted = [x, start, weight, bias]
+    if name == "fused":
+        return _fused_backward(x[..., : size.width], weight, bias)
     if name == "autograd":
         with torch.enable_grad():
             leaves = [t.requires_grad_() for t in wanted]
@@ -87,3 +91,15 @@ def _backward(size: RecurrenceSize, rule: Rule) -> Callable[[], object]:
         states = Recurrence(size.kind, x, start, weight, bias).loop()
     drive = torch.ones_like(states)
     return partial(recurrence_backward, drive, states, *wanted, size.kind, name, count)
+
+
+def _fused_backward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> Callable[[], object]:
+    """The backward of oneDNN's LSTM; inputs are as wide as states."""
+    state = x.new_zeros(x.shape[1:])
+    tensors = x.contiguous(), weight, weight, bias, bias, state, state
+    with torch.no_grad():
+        output, h, c, workspace = fused_lstm_layer(*tensors, False, True, True)
+    args = torch.ones_like(output), h, c, *tensors, output, h, c, workspace, False
+    return partial(fused_lstm_backward, *args)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from gtrans.analysis.measure import measured_peak, phase
 from gtrans.ir import ops
 from gtrans.ir.sizes import hint, tensor_bytes
+from gtrans.runtime import fused_lstm  # noqa: F401  # declares the operators that are watched here
 
 aten = torch.ops.aten
 
@@ -39,6 +40,8 @@ _WATCHED = ops.CONTRACTIONS - {
     aten.index_put.default,
     aten.cumsum.default,
     aten.native_layer_norm_backward.default,
+    torch.ops.gtrans.fused_lstm.default,
+    torch.ops.gtrans.fused_lstm_backward.default,
 }  # fmt: skip
 
 _known: dict[Hashable, int] = {}

@@ -35,7 +35,7 @@ from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.half import Backend, Half, Role, Runnable
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.source import location
-from gtrans.pipeline import Gate, Graph, Pipeline, Rewrite
+from gtrans.pipeline import WHOLE_LAYERS, Gate, Graph, Pipeline, Rewrite
 from gtrans.plan.planner import Plan
 from gtrans.verification import Verification, compare
 
@@ -344,7 +344,7 @@ class _Search:
 
     def _record(self, rewrites: Sequence[Rewrite]) -> Recording | None:
         """The recorded graphs; None where they cannot be run by themselves."""
-        names = {p.name for p in self.pipeline.on(ForwardGraph).passes}
+        names = {p.name for p in self.pipeline.on(ForwardGraph).passes} | set(WHOLE_LAYERS)
         self.own_numbers = {
             ForwardGraph: [r.number for r in rewrites if r.pass_name in names],
             JointGraph: [r.number for r in rewrites if r.pass_name not in names],

@@ -10,6 +10,9 @@ from torch import fx
 
 from gtrans.errors import GraphError
 
+RECURRENT_LAYERS = (torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu)
+"""How Dynamo shows `nn.GRU`, `nn.LSTM` and `nn.RNN`: as one call each."""
+
 
 class ForwardGraph:
     """A typed view of a Dynamo graph, for passes that replace operators (knob F).

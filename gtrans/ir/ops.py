@@ -87,6 +87,17 @@ CONTRACTIONS = frozenset(
     }
 )
 
+# Operators of gtrans that are made of products, by name: what declares them lies above this layer.
+OWN_CONTRACTIONS = frozenset(
+    {
+        "gtrans::linear_cross_entropy",
+        "gtrans::fused_lstm",
+        "gtrans::fused_lstm_backward",
+        "gtrans::recurrence",
+        "gtrans::recurrence_backward",
+    }
+)
+
 # Which part of their result holds positions, and how many trailing dimensions of the first argument
 # those count over; None: along the dimension given by the argument `dim` (all of them if it is
 # None). No property of torch says either.
@@ -225,7 +236,7 @@ def is_pointwise(node: fx.Node) -> bool:
 def is_contraction(node: fx.Node) -> bool:
     """Whether the node is a matrix product, convolution or attention kernel, or made of some."""
     op = overload(node)
-    return op in CONTRACTIONS or (op is not None and op.name() == "gtrans::linear_cross_entropy")
+    return op in CONTRACTIONS or (op is not None and op.name() in OWN_CONTRACTIONS)
 
 
 def is_fill(node: fx.Node) -> bool:

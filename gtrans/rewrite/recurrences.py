@@ -7,7 +7,8 @@ when it is captured; `gtrans.analysis.loops` finds its steps again.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -28,11 +29,14 @@ from gtrans.rewrite.rolled import (
     step_of,
 )
 from gtrans.runtime.cells import CELLS
+from gtrans.runtime.fused_lstm import not_fused
 from gtrans.runtime.loop import rolled_loop
 from gtrans.runtime.recurrence import recurrent_network
 
 _KINDS = {getattr(torch, kind): kind for kind in CELLS}
 
+
+PACKED = "its sequences are packed"
 
 May = Callable[[fx.Node, str | None], bool]
 """Told of a place and why it must stay, if so; counts it, and answers whether to rewrite it."""
@@ -177,9 +181,43 @@ def size_of(site: fx.Node) -> RecurrenceSize:
     )
 
 
+def runs_fused(site: fx.Node) -> bool:
+    """Whether eager torch computes a recurrent layer in one operator forward and one backward."""
+    return site.target is torch.lstm and not_fused_site(site) is None
+
+
+def not_fused_site(site: fx.Node) -> str | None:
+    """Why a call of `torch.lstm` is no such operator, or None."""
+    if site.kwargs or len(site.args) != 9 or not isinstance(site.args[2], list | tuple):
+        return PACKED
+    if any(n.target is torch.amp.autocast_mode._enter_autocast for n in site.graph.nodes):
+        return "it may run under autocast"
+    x, hx, weights = fx.map_arg(site.args[:3], value)
+    return not_fused(x, hx, weights)
+
+
+@contextmanager
+def differentiable_layers(graph: ForwardGraph) -> Iterator[None]:
+    """Lets torch take apart the LSTM layers of a graph while it is traced.
+
+    Where the input of a layer needs no gradient, torch would trace oneDNN's layer as for inference,
+    although its weights may need one, and the compiled code would fail.
+    """
+    inputs = [site.all_input_nodes[0] for site in graph.calls(torch.lstm)]
+    enabled = torch.backends.mkldnn.enabled
+    off = enabled and any(not value(x).requires_grad for x in inputs)
+    try:
+        if off:  # `mkldnn.flags` would set, and warn of, more than this
+            torch._C._set_mkldnn_enabled(False)
+        yield
+    finally:
+        if off:
+            torch._C._set_mkldnn_enabled(True)
+
+
 def _not_plain(site: fx.Node) -> str | None:
     if site.kwargs or len(site.args) != 9 or not isinstance(site.args[2], list | tuple):
-        return "its sequences are packed"
+        return PACKED
     _, _, weights, biases, layers, dropout, training, both, _ = site.args
     assert isinstance(weights, list | tuple)
     assert isinstance(layers, int)

@@ -25,7 +25,7 @@ from gtrans.analysis.loops import Loop
 from gtrans.contract import Contract, Exact
 from gtrans.core import Knob, require
 from gtrans.ir.forward import ForwardGraph
-from gtrans.rewrite.recurrences import RecurrencePass, state_size
+from gtrans.rewrite.recurrences import RecurrencePass, runs_fused, state_size
 from gtrans.rewrite.rolled import cannot_roll, not_pointwise, roll, step_of
 from gtrans.runtime.pointwise_loop import pointwise_loop
 
@@ -40,6 +40,8 @@ class HoistRecurrence(RecurrencePass):
         max_state: leave recurrences alone whose states (batch times width) have more elements: the
             product of a step is then large enough, and to compute the gates again costs more than
             is saved.
+        where_fused: take layers, too, that eager torch computes as one fused operator (an LSTM on a
+            CPU, see `fused-lstm`): slower, but no workspace is kept.
     """
 
     name: ClassVar[str] = "hoist-recurrence"
@@ -48,6 +50,7 @@ class HoistRecurrence(RecurrencePass):
     method: Literal["loop", "scan"] = "loop"
     min_steps: int = 4
     max_state: int = 1024
+    where_fused: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -65,8 +68,10 @@ class HoistRecurrence(RecurrencePass):
         return Exact(bitwise=False)
 
     def refuse(self, graph: ForwardGraph, site: fx.Node) -> str | None:
-        """Refuses large states too."""
+        """Refuses large states and fused layers too."""
         reason = super().refuse(graph, site)
+        if reason is None and runs_fused(site) and not self.where_fused:
+            return "torch runs this layer as one fused operator, which is faster"
         if reason is None and state_size(site) > self.max_state:
             return "a state has more elements than max_state"
         return reason

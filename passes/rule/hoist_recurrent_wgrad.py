@@ -34,6 +34,7 @@ class HoistRecurrentWgrad(Pass[JointGraph]):
 
     name: ClassVar[str] = "hoist-recurrent-wgrad"
     knob: ClassVar[Knob] = Knob.RULE
+    reads_steps: ClassVar[bool] = True
 
     min_terms: int = 4
 

@@ -53,6 +53,7 @@ class HighwayBP(Pass[JointGraph]):
 
     name: ClassVar[str] = "highway-bp"
     knob: ClassVar[Knob] = Knob.WIRE
+    reads_steps: ClassVar[bool] = True
 
     iterations: int = 5
     gamma: float | None = None

@@ -27,7 +27,7 @@ from gtrans.analysis.recurrence_speed import backward_seconds
 from gtrans.contract import Contract, Iterative
 from gtrans.core import Knob, require
 from gtrans.ir.forward import ForwardGraph
-from gtrans.rewrite.recurrences import RecurrencePass, size_of
+from gtrans.rewrite.recurrences import RecurrencePass, runs_fused, size_of
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,13 @@ class HighwayRecurrence(RecurrencePass):
         reason = super().refuse(graph, site)
         if reason is not None or not self.only_where_faster:
             return reason
-        rules = ("autograd", 0), ("loop", 0), ("sweeps", self.iterations)
+        own = "fused" if runs_fused(site) else "autograd"
+        rules = (own, 0), ("loop", 0), ("sweeps", self.iterations)
         *exact, swept = (1e3 * s for s in backward_seconds(size_of(site), rules))
         if swept < min(exact):
             return None
         return (
-            f"an exact backward of this size is faster here: {min(exact):.2g} ms by autograd or "
+            f"an exact backward of this size is faster here: {min(exact):.2g} ms by torch's or "
             f"hoist-recurrence, {swept:.2g} ms by sweeps"
         )
 

@@ -86,8 +86,8 @@ def test_what_the_operator_does_not_compute_is_refused(layer: nn.RNNBase, reason
 
 
 BACKWARDS = (
-    "hoist-recurrence{min_steps=1}",
-    "hoist-recurrence{min_steps=1,method=scan}",
+    "hoist-recurrence{min_steps=1,where_fused=true}",
+    "hoist-recurrence{min_steps=1,where_fused=true,method=scan}",
     "highway-recurrence{min_steps=1,iterations=2,only_where_faster=false}",
     "cut-carry{min_steps=1,every=3}",
     "stationary-feedback{min_steps=1}",
@@ -122,23 +122,24 @@ def test_a_pass_over_the_backward_leaves_the_forward_to_the_bit(
     assert model.layer.get_parameter("weight_ih_l0").grad is not None
 
 
-@pytest.mark.parametrize("swept", [2e-3, 5e-3])
+@pytest.mark.parametrize(("swept", "own"), [(2e-3, "fused"), (5e-3, "fused"), (2e-3, "autograd")])
 def test_sweeps_are_taken_where_they_are_faster(
-    swept: float, monkeypatch: pytest.MonkeyPatch
+    swept: float, own: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[RecurrenceSize] = []
 
     def measured(size: RecurrenceSize, rules: tuple[Any, ...]) -> tuple[float, ...]:
         asked.append(size)
-        assert rules == (("autograd", 0), ("loop", 0), ("sweeps", 3))
+        assert rules == ((own, 0), ("loop", 0), ("sweeps", 3))
         return 4e-3, 3e-3, swept
 
     monkeypatch.setattr("gtrans.passes.wire.highway_recurrence.backward_seconds", measured)
-    model, x = Model(nn.LSTM(3, 4, num_layers=2)), torch.randn(20, 2, 3)
+    dtype = torch.float32 if own == "fused" else torch.float64
+    model, x = Model(nn.LSTM(3, 4, num_layers=2)).to(dtype), torch.randn(20, 2, 3, dtype=dtype)
     text = _note(model, x, "highway-recurrence{iterations=3}")
-    assert asked == [RecurrenceSize("lstm", 20, 2, 4, torch.float32, "cpu")]
+    assert asked == [RecurrenceSize("lstm", 20, 2, 4, dtype, "cpu")]
     reason = (
-        "an exact backward of this size is faster here: 3 ms by autograd or hoist-recurrence, "
+        "an exact backward of this size is faster here: 3 ms by torch's or hoist-recurrence, "
         "5 ms by sweeps"
     )
     assert (reason in text) == (swept == 5e-3)
