@@ -3,7 +3,8 @@
 Everything is compared in one run with the best exact code there is: torch's own layer, torch's
 layer compiled by Inductor (unrolled, eight steps a graph), and the hoisted backward. Targets:
 - the hoisted backward is at least twice as fast as the best of torch's for a small cell, and at
-  least 0.98 times as fast for every size that the pass takes;
+  least 0.98 times as fast for every size that the pass takes; it takes no LSTM that torch computes
+  as one fused operator, which gtrans keeps;
 - Highway-BP is faster than the hoisted one at T = 1024, d = 32, with a gradient whose cosine to the
   true one is at least 0.99 on a model that was trained on real data;
 - with five sweeps it is at least 1.7 times as fast as autograd's backward for a GRU and an LSTM of
@@ -17,6 +18,7 @@ layer compiled by Inductor (unrolled, eight steps a graph), and the hoisted back
   target.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +90,7 @@ def _backward(quick: bool, device: str) -> tuple[bool, str]:
     print(
         "milliseconds of the backward, random weights; cosine of the gradient with five sweeps\n"
         "(autograd: torch's steps; fused: oneDNN's LSTM, which eager torch calls on a CPU;\n"
-        "compiled: Inductor; (): hoist-recurrence leaves the size alone; taken: whether\n"
+        "compiled: Inductor; (): hoist-recurrence leaves the layer alone; taken: whether\n"
         "highway-recurrence takes it)"
     )
     sweeps = [f"k={k}" for k in _SWEEPS]
@@ -127,7 +129,7 @@ def _row(
     autograd, hoisted, *swept = times[: len(runs)]
     rest = times[len(runs) :]
     torchs = min(autograd, *rest[: len(others) - fused], float("inf"))
-    left_alone = batch * width > HoistRecurrence().max_state
+    left_alone = fused or batch * width > (HoistRecurrence().max_state or math.inf)
     taken = _takes(kind, size, device)
     exact = f"({hoisted:.1f})" if left_alone else f"{hoisted:.1f}"
     table.row(
@@ -139,16 +141,17 @@ def _row(
     name = f"{kind} T={steps} B={batch} d={width}"
     if not left_alone:
         found.taken.append(torchs / hoisted)
-    if batch * width <= 64:
-        found.small.append(torchs / hoisted)
+        if batch * width <= 64:
+            found.small.append(torchs / hoisted)
     if width == 64:
         found.over_autograd[name] = autograd / swept[_FIVE]
-    if taken and swept[_FIVE] > _GUARD * min(autograd, hoisted):
+    if taken and swept[_FIVE] > _GUARD * min(times[:2] + rest):
         found.wrong.append(name)
 
 
 def _takes(kind: str, size: tuple[int, int, int], device: str) -> bool:
     """Whether `highway-recurrence` with five sweeps takes a size here."""
-    rules = ("autograd", 0), ("loop", 0), ("sweeps", 5)
+    own = "fused" if (kind, device) == ("lstm", "cpu") else "autograd"
+    rules = (own, 0), ("loop", 0), ("sweeps", 5)
     *exact, swept = backward_seconds(RecurrenceSize(kind, *size, torch.float32, device), rules)
     return swept < min(exact)

@@ -48,9 +48,13 @@ UNDER_BUDGET = ("chunked-loss",)
 """Forward passes that a plan under a memory budget may call in, where that makes the step faster or
 is the only way to fit."""
 
-WHOLE_LAYERS = ("fused-lstm",)
-"""Forward passes that keep recurrent layers whole. They run behind all others, asked for or not,
-unless a pass of the pipeline reads the steps of layers."""
+WHOLE_LAYERS: dict[str, dict[str, str]] = {
+    "fused-lstm": {},
+    "hoist-recurrence": {"min_steps": "16", "max_state": "None"},
+}
+"""Forward passes, and their options, that keep recurrent layers whole: unrolled, one of a hundred
+steps takes minutes to compile. They run behind all others, asked for or not, unless a pass of the
+pipeline reads the steps of layers."""
 
 ALIASES = {"default": DEFAULT, "none": ""}
 
@@ -217,7 +221,7 @@ class Pipeline:
         passes = self.on(ForwardGraph).passes
         if graph.calls(*RECURRENT_LAYERS) and not any(p.reads_steps for p in self.passes):
             names = {p.name for p in passes}
-            passes += tuple(make_pass(name, {}) for name in WHOLE_LAYERS if name not in names)
+            passes += tuple(make_pass(n, WHOLE_LAYERS[n]) for n in WHOLE_LAYERS if n not in names)
         return Pipeline(passes)
 
     @property

@@ -68,18 +68,18 @@ def text(device: str) -> tuple[torch.Tensor, int]:
     return torch.tensor([letters.index(c) for c in source], device=device), len(letters)
 
 
-def windows(letters: torch.Tensor, length: int, size: int) -> Batches:
+def windows(letters: torch.Tensor, length: int, size: int, seed: int = 1) -> Batches:
     """Endless batches of passages and the same one character on."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(letters) - length - 1, (size,), generator=generator)
         rows = torch.stack([letters[s : s + length + 1] for s in starts.tolist()])
         yield rows[:, :-1], rows[:, 1:]
 
 
-def batches(x: torch.Tensor, y: torch.Tensor, size: int) -> Batches:
+def batches(x: torch.Tensor, y: torch.Tensor, size: int, seed: int = 1) -> Batches:
     """Endless batches drawn from examples."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     while True:
         chosen = torch.randint(len(x), (size,), generator=generator)
         yield x[chosen], y[chosen]

@@ -192,8 +192,8 @@ def not_fused_site(site: fx.Node) -> str | None:
         return PACKED
     if any(n.target is torch.amp.autocast_mode._enter_autocast for n in site.graph.nodes):
         return "it may run under autocast"
-    x, hx, weights = fx.map_arg(site.args[:3], value)
-    return not_fused(x, hx, weights)
+    given: Any = fx.map_arg(site.args[:3], value)
+    return not_fused(*given)
 
 
 @contextmanager

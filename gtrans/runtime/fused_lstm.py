@@ -111,9 +111,9 @@ def workspace_bytes(steps: int, batch: int, inputs: int, width: int, dtype: torc
         x = torch.zeros(steps, batch, inputs, dtype=dtype)
         w_ih, w_hh = x.new_zeros(4 * width, inputs), x.new_zeros(4 * width, width)
         state = x.new_zeros(batch, width)
-        return fused_lstm_layer(x, w_ih, w_hh, None, None, state, state, False, True, True)[
-            3
-        ].numel()
+        args = x, w_ih, w_hh, None, None, state, state, False, True, True
+        size: int = fused_lstm_layer(*args)[3].numel()
+        return size
 
 
 @fused_lstm_layer.register_fake

@@ -39,7 +39,7 @@ class HoistRecurrence(RecurrencePass):
         min_steps: leave shorter recurrences alone.
         max_state: leave recurrences alone whose states (batch times width) have more elements: the
             product of a step is then large enough, and to compute the gates again costs more than
-            is saved.
+            is saved. None takes all.
         where_fused: take layers, too, that eager torch computes as one fused operator (an LSTM on a
             CPU, see `fused-lstm`): slower, but no workspace is kept.
     """
@@ -49,7 +49,7 @@ class HoistRecurrence(RecurrencePass):
 
     method: Literal["loop", "scan"] = "loop"
     min_steps: int = 4
-    max_state: int = 1024
+    max_state: int | None = 1024
     where_fused: bool = False
 
     def __post_init__(self) -> None:
@@ -72,7 +72,8 @@ class HoistRecurrence(RecurrencePass):
         reason = super().refuse(graph, site)
         if reason is None and runs_fused(site) and not self.where_fused:
             return "torch runs this layer as one fused operator, which is faster"
-        if reason is None and state_size(site) > self.max_state:
+        limit = self.max_state
+        if reason is None and limit is not None and state_size(site) > limit:
             return "a state has more elements than max_state"
         return reason
 

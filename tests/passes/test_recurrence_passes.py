@@ -172,3 +172,30 @@ def test_packed_sequences_are_refused() -> None:
 def test_options_out_of_range_are_refused(text: str, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Pipeline.parse(text)
+
+
+@pytest.mark.parametrize("layer", [nn.GRU(3, 4), nn.RNN(3, 4), nn.LSTM(3, 4).double()])
+def test_long_layers_are_never_unrolled_unless_a_pass_wants_their_steps(
+    layer: nn.RNNBase,
+) -> None:
+    model = Model(layer).to(next(layer.parameters()).dtype)
+    x = torch.randn(40, 2, 3, dtype=model.first.weight.dtype)
+    torch.compiler.reset()
+    whole = gtrans.explain(model, x).captured[0].rewritten
+    torch.compiler.reset()
+    unrolled = gtrans.explain(model, x, passes="hoist-recurrent-wgrad").captured[0].rewritten
+    torch.compiler.reset()
+    short = gtrans.explain(model, x[:5]).captured[0].rewritten
+    assert whole is not None
+    assert unrolled is not None
+    assert short is not None
+    target = torch.ops.gtrans.recurrence.default
+    assert [len(g.calls(target)) for g in (whole, unrolled, short)] == [1, 0, 0]
+    assert len(whole.nodes) < 80 < len(unrolled.nodes)
+
+
+def test_whole_layers_keep_output_and_gradients() -> None:
+    torch.manual_seed(0)
+    model = Model(nn.GRU(3, 4, num_layers=2, bidirectional=True))
+    torch.compiler.reset()
+    gtrans.verify(model, torch.randn(20, 2, 3)).require()
