@@ -29,6 +29,7 @@ from benchmarks.chain_parts.forward import crossover, sweeps_to_settle
 from benchmarks.chain_parts.paths import critical_paths
 from benchmarks.chain_parts.recurrent import Recurrent, cosine, fastest
 from benchmarks.chain_parts.trained import trained_sweeps
+from benchmarks.chain_parts.untied import untied_blocks
 from benchmarks.table import Table, verdict
 from gtrans.analysis.recurrence_speed import RecurrenceSize, backward_seconds
 from gtrans.passes.rule.hoist_recurrence import HoistRecurrence
@@ -47,6 +48,7 @@ def main(quick: bool, device: str) -> int:
         _backward,
         trained_sweeps,
         critical_paths,
+        untied_blocks,
         sweeps_to_settle,
         crossover,
     ]
