@@ -7,7 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
+import gtrans
+from gtrans.runtime import loop
 from gtrans.runtime.loop import LOOP_RULES, rolled_loop
 
 Tensors = list[torch.Tensor]
@@ -138,3 +142,37 @@ def test_the_rules_are_linear_in_the_cotangent() -> None:
         )
         for a, b, c in zip(first, second, sum_, strict=True):
             torch.testing.assert_close(a - 2 * b, c, rtol=1e-9, atol=1e-9)
+
+
+class _Unrolled(nn.Module):
+    """A loop of four steps, written in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            x = torch.tanh(self.layer(x))
+        return x.square().sum()
+
+
+@pytest.mark.inductor
+def test_code_from_a_warm_cache_finds_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradients() -> list[torch.Tensor]:
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        passes = "highway-recurrence{iterations=2,min_steps=1,only_where_faster=false}"
+        model = gtrans.optimize(_Unrolled(), passes=passes, on_error="raise")
+        model(torch.ones(2, 3)).backward()
+        assert gtrans.report(model).captured[0].forward_steps[0].stats.rewritten == 1
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    with fresh_cache():
+        first = gradients()
+        monkeypatch.setattr(loop, "_STEPS", {})  # as in another process
+        hits = counters["inductor"]["fxgraph_cache_hit"]
+        second = gradients()
+        assert counters["inductor"]["fxgraph_cache_hit"] > hits
+        assert len(loop._STEPS) == 1
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
