@@ -25,18 +25,11 @@ from gtrans.plan.alive import alive_rows, listed
 from gtrans.plan.cut import read_directly
 from gtrans.plan.front import Front
 from gtrans.plan.inversion import Variant, variants
-from gtrans.plan.offloaded import Offloaded, fastest_offloaded, offloaded_plans
+from gtrans.plan.offloaded import Offloaded, offloading
 from gtrans.plan.realise import write
 from gtrans.plan.rebuild import Candidate, Choice, Rebuilder
-from gtrans.plan.streamed import (
-    Streamed,
-    fastest_streamed,
-    same_choice,
-    streamed_plans,
-    take_by_rows,
-    worth_streaming,
-    written_copy,
-)
+from gtrans.plan.rewritten import Rewritten, same_choice, written_copy
+from gtrans.plan.streamed import Streamed, streaming
 
 
 @dataclass(frozen=True)
@@ -108,6 +101,9 @@ def fit(joint: JointGraph, budget: Budget, device: Device) -> Fit:
         assert lowest is not None  # there is one variant at least
         raise BudgetError(_infeasible(lowest, plain, limit, budget))
     count = found.write(joint)
+    special = found.special
+    streamed = special if isinstance(special, Streamed) else None
+    offloaded = special if isinstance(special, Offloaded) else None
     return Fit(
         found.candidate,
         found.peak + around.held_bytes,
@@ -115,11 +111,11 @@ def fit(joint: JointGraph, budget: Budget, device: Device) -> Fit:
         limit,
         found.seconds / fastest if fastest else 1.0,
         count,
-        found.streamed.regions if found.streamed is not None else 0,
+        streamed.regions if streamed is not None else 0,
         found.variant.inverted,
         found.variant.blocks,
-        found.offloaded.count if found.offloaded is not None else 0,
-        found.offloaded.bytes if found.offloaded is not None else 0,
+        offloaded.count if offloaded is not None else 0,
+        offloaded.bytes if offloaded is not None else 0,
     )
 
 
@@ -129,8 +125,7 @@ class _Search:
     Attributes:
         best: the front of the variant.
         fits: whether any plan does; if none does, `candidate` is the one with the lowest peak.
-        streamed: the plan with regions taken by rows, if that is the fastest one.
-        offloaded: the plan with values on the host, if that is.
+        special: the plan that is rewritten once more, if that is the fastest one.
     """
 
     def __init__(self, variant: Variant, device: Device, room: int) -> None:
@@ -140,12 +135,11 @@ class _Search:
         self.peaks = {id(c): c.peak for c in self.best}
         fitting = next((c for c in self.best if self._peak_within(c, room) <= room), None)
         than = fitting.seconds if fitting is not None else float("inf")
-        self.streamed = fastest_streamed(self.front, room, than, device)
-        than = min(than, self.streamed.seconds if self.streamed is not None else than)
-        self.offloaded = fastest_offloaded(self.front, room, than, device)
-        if self.offloaded is not None:
-            self.streamed = None
-        special = self.offloaded or self.streamed
+        self.ways = streaming(self.front), offloading(self.front)
+        special: Rewritten | None = None
+        for way in self.ways:
+            special = way.fastest(room, special.seconds if special else than) or special
+        self.special = special
         self.fits = fitting is not None or special is not None
         chosen = special.candidate if special is not None else fitting
         self.candidate = chosen or min(self.best, key=lambda c: self.peaks[id(c)])
@@ -166,10 +160,8 @@ class _Search:
         schedule = Rebuilder(joint).schedule(choice)
         assert schedule is not None  # it was simulated
         count = write(joint, schedule)
-        for _ in range(self.streamed.rounds if self.streamed is not None else 0):
-            take_by_rows(joint)
-        if self.offloaded is not None:
-            self.offloaded.write(joint)
+        if self.special is not None:
+            self.special.write(joint)
         return count
 
     def _peak_within(self, candidate: Candidate, room: int) -> int:
@@ -201,15 +193,11 @@ def _peak_when_written(joint: JointGraph, choice: Choice) -> int:
 def _infeasible(search: _Search, plain: int, limit: int, budget: Budget) -> str:
     front, candidate, peak = search.front, search.candidate, search.peak
     liveness = front.simulate(front.schedule(candidate))
-    special: list[Streamed | Offloaded] = []
-    for c in worth_streaming(front):
-        special += streamed_plans(front.joint, c, front.device)
-    for c in search.best if front.device.host_bytes_per_s else ():
-        special += offloaded_plans(front.joint, c, front.device)
-    lowest = min(special, key=lambda plan: plan.peak, default=None)
-    if lowest is not None and lowest.peak < peak:
-        peak = lowest.peak
-        liveness = simulate(schedule_of(lowest.written_copy(front.joint)))
+    for way in search.ways:
+        lowest = way.lowest(peak)
+        if lowest is not None:
+            peak = lowest.peak
+            liveness = simulate(schedule_of(lowest.written_copy(front.joint)))
     held = front.joint.surroundings.held_bytes
     reached = int((peak + held) / (1 - front.joint.surroundings.slack))
     node = liveness.peak_node

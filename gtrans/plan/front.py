@@ -307,7 +307,7 @@ class Front:
                 yield replace(choice, hold=hold, window=0)
         again = sorted(
             {t.node for t in schedule.again if _is_savable(t.node)},
-            key=lambda n: -self._seconds[n] / max(1, tensor_bytes(n.meta["val"])),
+            key=lambda n: -self._per_byte(n),
         )
         for dearest in again[:1]:
             same = [n for n in again if _kind(n) == _kind(dearest)]
@@ -375,6 +375,10 @@ class Front:
         assert plain is not None  # nothing runs twice but what passes placed there
         seconds = self.seconds(plain) / max(1, sum(flops.get(t.node, 0) for t in plain.tasks))
         return {n: f * seconds for n, f in flops.items()}
+
+    def _per_byte(self, node: fx.Node) -> float:
+        cost = self._seconds[node] + self._dear.get(node, 0.0)
+        return cost / max(1, tensor_bytes(node.meta["val"]))
 
     def _task_cost(self, task: Task) -> float:
         dear = 0.0 if task.offered else self._dear.get(task.node, 0.0)

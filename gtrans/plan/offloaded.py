@@ -13,10 +13,11 @@ plan takes as long as the one it is made from.
 Source: the rule of DeepSpeed's and torch's offloading of activations, with queues instead of a sum.
 """
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from math import inf
 
 from torch import fx
 
@@ -28,7 +29,7 @@ from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import tensor_bytes
 from gtrans.plan.front import Front
 from gtrans.plan.rebuild import Candidate
-from gtrans.plan.streamed import written_copy
+from gtrans.plan.rewritten import Rewritten, Way, written_copy
 from gtrans.rewrite.to_host import Trip, send_to_host
 
 # Smaller values are not worth a copy of their own.
@@ -38,24 +39,18 @@ _SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
-class Offloaded:
+class Offloaded(Rewritten):
     """A plan of the front, with some of its saved values on the host.
 
     Attributes:
-        candidate: the plan.
         count: how many values.
         bytes: of all of them.
-        peak: simulated peak in bytes, constants included.
-        seconds: predicted time of forward and backward.
         device: what copies were planned for.
         share: how much of what may go to the host goes.
     """
 
-    candidate: Candidate
     count: int
     bytes: int
-    peak: int
-    seconds: float
     device: Device
     share: float
 
@@ -63,35 +58,15 @@ class Offloaded:
         """Sends the values to the host, in a graph that has the plan written into it already."""
         send_to_host(joint, hidden_trips(joint, self.device, LEAST_BYTES, self.share))
 
-    def written_copy(self, joint: JointGraph) -> JointGraph:
-        """A copy of the graph with this plan written into it."""
-        twin = written_copy(joint, self.candidate.choice)
-        self.write(twin)
-        return twin
 
-
-def fastest_offloaded(
-    front: Front, room: int, faster_than_s: float, device: Device
-) -> Offloaded | None:
-    """The fastest plan that fits with values on the host, if faster than what is at hand.
-
-    Args:
-        front: of the graph.
-        room: bytes that its peak may have, constants included.
-        faster_than_s: predicted seconds of the best plan that fits otherwise.
-        device: what to predict times for; where it has no host, there is no such plan.
-    """
-    if not device.host_bytes_per_s:
-        return None
-    for candidate in front.best():
-        if candidate.seconds >= faster_than_s:
-            return None  # copies make no plan faster
-        if _floor(front, candidate) > room:
-            continue
-        for plan in offloaded_plans(front.joint, candidate, device):
-            if plan.peak <= room:
-                return plan
-    return None
+def offloading(front: Front) -> Way[Offloaded]:
+    """The plans of a front with values on the host; none where the device has no host."""
+    return Way(
+        front,
+        front.best() if front.device.host_bytes_per_s else (),
+        ("saved",),
+        lambda candidate: offloaded_plans(front.joint, candidate, front.device),
+    )
 
 
 def offloaded_plans(joint: JointGraph, candidate: Candidate, device: Device) -> Iterator[Offloaded]:
@@ -108,7 +83,7 @@ def offloaded_plans(joint: JointGraph, candidate: Candidate, device: Device) -> 
         peak = simulate(schedule_of(twin)).peak
         if peak < lowest:
             lowest = peak
-            yield Offloaded(candidate, seen, size, peak, candidate.seconds, device, share)
+            yield Offloaded(candidate, peak, candidate.seconds, seen, size, device, share)
 
 
 def hidden_trips(
@@ -125,20 +100,14 @@ def hidden_trips(
     clock = _Clock(schedule_of(joint), device)
     found = [s for s in clock.stays() if s.bytes >= least_bytes and s.idle >= 2 * s.copy]
     found.sort(key=lambda s: -s.idle)
+    queues, sent = _Queues(clock.begins[clock.schedule.boundary]), 0
     wanted = share * sum(s.bytes for s in found)
-    chosen: list[_Stay] = []
     for stay in found:
-        if sum(s.bytes for s in chosen) >= wanted:
+        if sent >= wanted:
             break
-        if clock.trips([*chosen, stay]) is not None:
-            chosen.append(stay)
-    return clock.trips(chosen) or []
-
-
-def _floor(front: Front, candidate: Candidate) -> int:
-    """What is at the peak of a plan wherever its saved values are."""
-    alive = front.simulate(front.schedule(candidate)).alive()
-    return sum(a.bytes for a in alive if a.role != "saved")
+        if queues.take(stay):
+            sent += stay.bytes
+    return clock.trips(queues)
 
 
 @dataclass(frozen=True)
@@ -164,6 +133,45 @@ class _Stay:
     @property
     def idle(self) -> float:
         return self.wanted - self.left
+
+
+class _Queues:
+    """The copies to the host and those back, each one after another.
+
+    Args:
+        half: seconds at which the backward begins, and with it the copies back.
+    """
+
+    def __init__(self, half: float) -> None:
+        self.half = half
+        self.by_made: list[_Stay] = []
+        self.by_wanted: list[_Stay] = []
+
+    def take(self, stay: _Stay) -> bool:
+        """Adds both copies of a value, if there is room for them."""
+        insort(self.by_made, stay, key=lambda s: s.made)
+        insort(self.by_wanted, stay, key=lambda s: s.wanted)
+        if self.fetched() is not None:
+            return True
+        self.by_made.remove(stay)
+        self.by_wanted.remove(stay)
+        return False
+
+    def gone(self) -> dict[fx.Node, float]:
+        """When each value has arrived on the host."""
+        found, free = dict[fx.Node, float](), 0.0
+        for s in self.by_made:
+            free = found[s.value] = max(free, s.made) + s.copy
+        return found
+
+    def fetched(self) -> dict[fx.Node, float] | None:
+        """When each copy back starts; None if one would have to before the value has left."""
+        gone, found, busy = self.gone(), dict[fx.Node, float](), inf
+        for s in reversed(self.by_wanted):
+            busy = found[s.value] = min(busy, s.wanted) - s.copy
+            if busy < max(gone[s.value], self.half):
+                return None
+        return found
 
 
 class _Clock:
@@ -203,23 +211,14 @@ class _Clock:
                     self.begins[min(late)],
                 )  # fmt: skip
 
-    def trips(self, stays: Sequence[_Stay]) -> list[Trip] | None:
-        """Where each value leaves and comes back; None if the copies have no room."""
-        sent: dict[fx.Node, float] = {}
-        free = 0.0
-        for s in sorted(stays, key=lambda s: s.made):
-            free = sent[s.value] = max(free, s.made) + s.copy
-        fetched: dict[fx.Node, float] = {}
-        busy = float("inf")
-        for s in sorted(stays, key=lambda s: -s.wanted):
-            busy = fetched[s.value] = min(busy, s.wanted) - s.copy
-            if busy < max(sent[s.value], self.begins[self.schedule.boundary]):
-                return None
-        trips = []
-        for s in sorted(stays, key=lambda s: s.wanted):
-            let_go = self._let_go(max(sent[s.value], s.left))
-            trips.append(Trip(s.value, let_go, self._fetch(fetched[s.value])))
-        return trips
+    def trips(self, queues: "_Queues") -> list[Trip]:
+        """Where each value leaves and comes back."""
+        gone, fetched = queues.gone(), queues.fetched()
+        assert fetched is not None  # only what finds room was taken
+        return [
+            Trip(s.value, self._let_go(max(gone[s.value], s.left)), self._fetch(fetched[s.value]))
+            for s in queues.by_wanted
+        ]
 
     def _let_go(self, moment: float) -> fx.Node:
         """The first node that begins at a moment or later; of the backward if there is none."""

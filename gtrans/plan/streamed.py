@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from gtrans.analysis.cost import Device, node_seconds
+from gtrans.analysis.cost import Device, total_seconds
 from gtrans.analysis.liveness import simulate
 from gtrans.analysis.row_regions import region_around
 from gtrans.analysis.schedule import schedule_of
 from gtrans.ir.joint import JointGraph, Side, runs_in
 from gtrans.plan.front import Front
-from gtrans.plan.realise import write
-from gtrans.plan.rebuild import Candidate, Choice, Rebuilder
+from gtrans.plan.rebuild import Candidate
+from gtrans.plan.rewritten import Rewritten, Way, written_copy
 from gtrans.rewrite.by_rows import compute_by_rows
 
 # Each time a region is taken by rows, its rows are divided by this number.
@@ -35,53 +35,31 @@ _NODES, _FEWEST, _MOST = 40_000, 3, 12
 
 
 @dataclass(frozen=True)
-class Streamed:
+class Streamed(Rewritten):
     """A plan of the front, with regions taken by rows.
 
     Attributes:
-        candidate: the plan.
         rounds: how often the regions at its peak are taken by rows.
-        peak: simulated peak in bytes, constants included.
-        seconds: predicted time of forward and backward.
         regions: how many regions that are.
     """
 
-    candidate: Candidate
     rounds: int
-    peak: int
-    seconds: float
     regions: int
 
-    def written_copy(self, joint: JointGraph) -> JointGraph:
-        """A copy of the graph with this plan written into it."""
-        twin = written_copy(joint, self.candidate.choice)
+    def write(self, joint: JointGraph) -> None:
+        """Takes the regions by rows, in a graph that has the plan written into it already."""
         for _ in range(self.rounds):
-            take_by_rows(twin)
-        return twin
+            take_by_rows(joint)
 
 
-def fastest_streamed(
-    front: Front, room: int, faster_than_s: float, device: Device
-) -> Streamed | None:
-    """The fastest streamed plan that fits, if one is faster than what is at hand.
-
-    Args:
-        front: of the graph.
-        room: bytes that its peak may have, constants included.
-        faster_than_s: predicted seconds of the best plan that fits without streaming.
-        device: what to predict times for.
-    """
-    found: Streamed | None = None
-    for candidate in worth_streaming(front):
-        if candidate.seconds >= faster_than_s:
-            break  # streaming makes no plan faster
-        if _floor(front, candidate) > room:
-            continue
-        fitting = (s for s in streamed_plans(front.joint, candidate, device) if s.peak <= room)
-        plan = next(fitting, None)
-        if plan is not None and plan.seconds < faster_than_s:
-            found, faster_than_s = plan, plan.seconds
-    return found
+def streaming(front: Front) -> Way[Streamed]:
+    """The streamed plans of some plans of a front."""
+    return Way(
+        front,
+        worth_streaming(front),
+        _STREAMED_ROLES,
+        lambda candidate: streamed_plans(front.joint, candidate, front.device),
+    )
 
 
 def streamed_plans(joint: JointGraph, candidate: Candidate, device: Device) -> Iterator[Streamed]:
@@ -97,26 +75,8 @@ def streamed_plans(joint: JointGraph, candidate: Candidate, device: Device) -> I
         if peak >= lowest:
             return
         lowest = peak
-        seconds = sum(node_seconds(t.node, device) for t in schedule.tasks)
-        yield Streamed(candidate, number, peak, seconds, regions)
-
-
-def written_copy(joint: JointGraph, choice: Choice) -> JointGraph:
-    """A copy of a graph with a choice written into it."""
-    twin = joint.copy()
-    schedule = Rebuilder(twin).schedule(same_choice(choice, joint, twin))
-    assert schedule is not None  # as for the original
-    write(twin, schedule)
-    return twin
-
-
-def same_choice(choice: Choice, joint: JointGraph, twin: JointGraph) -> Choice:
-    """A choice for one graph as a choice for another one with the same nodes."""
-    same = dict(zip(joint.nodes, twin.nodes, strict=True))
-    save = frozenset(same[n] for n in choice.save)
-    hold = None if choice.hold is None else frozenset(same[n] for n in choice.hold)
-    dropped = frozenset((same[n], position) for n, position in choice.dropped)
-    return Choice(save, hold, choice.window, dropped)
+        seconds = total_seconds((t.node for t in schedule.tasks), device)
+        yield Streamed(candidate, peak, seconds, number, regions)
 
 
 def take_by_rows(joint: JointGraph) -> int:
@@ -149,12 +109,6 @@ def worth_streaming(front: Front) -> list[Candidate]:
     low = -(-count // 2)  # where whole regions do not fit, those with the lowest peaks are wanted
     rest = best[: len(best) - low]
     return [*(rest[i * len(rest) // (count - low)] for i in range(count - low)), *best[-low:]]
-
-
-def _floor(front: Front, candidate: Candidate) -> int:
-    """What is at the peak of a plan whether or not regions are taken by rows."""
-    alive = front.simulate(front.schedule(candidate)).alive()
-    return sum(a.bytes for a in alive if a.role not in _STREAMED_ROLES)
 
 
 def _kind(node: fx.Node) -> tuple[object, ...]:

@@ -1,5 +1,6 @@
 """Regions taken by rows: the same gradients, and never all rows in memory."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +24,9 @@ from gtrans.ir.joint import JointGraph, Side, runs_in
 from gtrans.pipeline import Pipeline
 from gtrans.plan.front import Front
 from gtrans.plan.planner import Plan
-from gtrans.plan.streamed import fastest_streamed, streamed_plans, worth_streaming
+from gtrans.plan.rebuild import Candidate
+from gtrans.plan.rewritten import Way
+from gtrans.plan.streamed import Streamed, streamed_plans, streaming, worth_streaming
 from gtrans.rewrite.by_rows import compute_by_rows
 from tests.ir.graphs import joint_of
 
@@ -191,15 +194,38 @@ def test_streamed_plans_have_a_lower_peak_at_nearly_the_time() -> None:
 
 def test_a_faster_plan_is_taken_only_if_it_fits() -> None:
     _, front = front_of("gelu")
-    device, best = DEVICES["cpu"], front.best()
-    assert fastest_streamed(front, best[0].peak, best[0].seconds, device) is None
-    assert fastest_streamed(front, 1, float("inf"), device) is None
+    way, best = streaming(front), front.best()
+    assert way.fastest(best[0].peak, best[0].seconds) is None
+    assert way.fastest(1, float("inf")) is None
     rooms = [int(share * best[-1].peak) for share in (1.2, 1.0, 0.95)]
-    found = [fastest_streamed(front, room, float("inf"), device) for room in rooms]
+    found = [way.fastest(room, float("inf")) for room in rooms]
     plans = [f for f in found if f is not None]
     assert len(plans) == len(rooms)
     assert all(f.peak <= room for f, room in zip(plans, rooms, strict=True))
     assert [f.seconds for f in plans] == sorted(f.seconds for f in plans)
+
+
+def test_no_plan_is_rewritten_twice_nor_where_that_cannot_help() -> None:
+    joint, front = front_of("gelu")
+    tried = worth_streaming(front)
+    rewritten: list[Candidate] = []
+
+    def plans(candidate: Candidate) -> Iterator[Streamed]:
+        rewritten.append(candidate)
+        yield from streamed_plans(joint, candidate, DEVICES["cpu"])
+
+    way = Way(front, tried, ("temporary", "recomputed"), plans)
+    peaks = {id(c): [s.peak for s in streamed_plans(joint, c, DEVICES["cpu"])] for c in tried}
+    assert all(way.floor(c) <= min(peaks[id(c)], default=c.peak) for c in tried)
+    least = min(min(p, default=2**60) for p in peaks.values())
+    assert way.lowest(min(way.floor(c) for c in tried)) is None
+    assert rewritten == []
+    assert way.fastest(least - 1, float("inf")) is None
+    lowest = way.lowest(2**60)
+    assert lowest is not None
+    assert lowest.peak == least
+    assert way.lowest(least) is None
+    assert len(rewritten) == len({id(c) for c in rewritten})
 
 
 def test_a_budget_that_nothing_but_streaming_keeps_is_kept() -> None:
