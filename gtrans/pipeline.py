@@ -5,6 +5,7 @@ A pipeline has a text form that is the same in Python, on the command line and i
     relu-mask,few-bit{bits=2},plan{memory=6GiB}
 """
 
+import contextlib
 import re
 import time
 import types
@@ -30,6 +31,7 @@ from gtrans.ir.forward import RECURRENT_LAYERS, ForwardGraph
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.printer import target_name
 from gtrans.ir.program import Program
+from gtrans.plan.worth import PayingPass, planned_bytes
 from gtrans.registry import load_pass, pass_table
 
 Graph = JointGraph | ForwardGraph | Program
@@ -55,6 +57,8 @@ WHOLE_LAYERS: dict[str, dict[str, str]] = {
 """Forward passes, and their options, that keep recurrent layers whole: unrolled, one of a hundred
 steps takes minutes to compile. They run behind all others, asked for or not, unless a pass of the
 pipeline reads the steps of layers."""
+
+SAVED_ANYWAY = "the passes behind it keep no more bytes without it"
 
 ALIASES = {"default": DEFAULT, "none": ""}
 
@@ -114,6 +118,11 @@ class Gate:
         """The number of the pass that is about to run, counted over all graphs from 1."""
         self.passes += 1
         return self.passes
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether there may be rewrites that it does not let through."""
+        return self.allowed is not None or bool(self.windows)
 
     def permission(self, pass_name: str) -> Callable[[str], bool]:
         """What a pass asks before each of its rewrites."""
@@ -294,7 +303,7 @@ class Pipeline:
             asked = len(gate.seen)
             start = time.perf_counter()
             try:
-                rewritten: Graph = _run_one(p, graph, gate, step)
+                rewritten: Graph = self._run_if_it_pays(len(steps) - 1, graph, gate, step)
             except Exception as error:
                 step.error = f"{type(error).__name__}: {error}"
                 note = ""
@@ -312,6 +321,32 @@ class Pipeline:
                 observer(step, graph, rewritten)
             graph = cast(AnyGraph, rewritten)  # a pass edits a copy of the graph it is given
         return graph, steps
+
+    def _run_if_it_pays(self, position: int, graph: Graph, gate: Gate, step: Step) -> Graph:
+        """Runs one pass, unless it gives up exactness for bytes that the passes behind it save.
+
+        It is judged with all its rewrites whatever the gate lets through, so that the numbers of
+        rewrites, which bisection goes by, do not depend on the gate.
+        """
+        p = self.passes[position]
+        behind = [q for q in self.passes[position + 1 :] if _saves_bytes(q)]
+        if not (isinstance(p, PayingPass) and p.contract.rank and behind):
+            return _run_one(p, graph, gate, step)
+        unhindered = Gate()
+        rewritten = _run_one(p, graph, unhindered, step)
+        if not unhindered.seen:
+            return rewritten
+        if _kept(behind, rewritten) >= _kept(behind, graph):
+            stats = step.stats
+            step.stats = Stats(stats.matched, skipped=stats.skipped, refused=stats.refused)
+            step.stats.skipped[SAVED_ANYWAY] += stats.rewritten
+            return graph
+        if gate.holds_back:
+            return _run_one(p, graph, gate, step)
+        permitted = gate.permission(p.name)
+        for rewrite in unhindered.seen:
+            permitted(rewrite.site)
+        return rewritten
 
 
 def make_pass(name: str, options: dict[str, str]) -> Pass[Any]:
@@ -392,6 +427,20 @@ def _split(text: str) -> Iterable[tuple[str, dict[str, str]]]:
             options[key.strip()] = value.strip()
         yield match["name"], options
         position = match.end()
+
+
+def _saves_bytes(p: Pass[Any]) -> bool:
+    """Whether a pass lets the backward do with less; others choose among what there is."""
+    rewrites = isinstance(p, SitePass | PayingPass)
+    return rewrites and p.works_on is JointGraph and p.knob is Knob.RESIDUAL
+
+
+def _kept(passes: Iterable[Pass[Any]], graph: Graph) -> int:
+    """Bytes that a plan keeps once these passes have run. One that fails is left out."""
+    for p in passes:
+        with contextlib.suppress(Exception):  # it fails again, and says so, when its turn comes
+            graph = _run_one(p, graph, Gate(), Step(str(p), p.contract))
+    return planned_bytes(cast(JointGraph, graph.copy()))
 
 
 def _run_one(p: Pass[Any], graph: Graph, gate: Gate, step: Step) -> Graph:

@@ -43,12 +43,11 @@ def sweeps_to_settle(quick: bool, device: str) -> tuple[bool, str]:
 def _chain(kind: str, gain: float, steps: int, width: int, device: str) -> Recurrence:
     torch.manual_seed(0)
     gates = {"gru": 3, "lstm": 4, "rnn_tanh": 1}[kind]
-    options = {"dtype": torch.float64, "device": device}
     bound = gain / width**0.5
-    x = torch.randn(steps, 1, gates * width, **options)  # type: ignore[call-overload]
-    weight = bound * (2 * torch.rand(gates * width, width, **options) - 1)  # type: ignore[call-overload]
-    start = torch.zeros(1, (2 if kind == "lstm" else 1) * width, **options)  # type: ignore[call-overload]
-    return Recurrence(kind, x, start, weight, None)
+    x = torch.randn(steps, 1, gates * width, dtype=torch.float64, device=device)
+    uniform = torch.rand(gates * width, width, dtype=torch.float64, device=device)
+    start = x.new_zeros(1, (2 if kind == "lstm" else 1) * width)
+    return Recurrence(kind, x, start, bound * (2 * uniform - 1), None)
 
 
 def _stacks(device: str) -> None:

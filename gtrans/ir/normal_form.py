@@ -1,6 +1,9 @@
 """The normal form: what every pass may rely on in a joint graph.
 
-1. No `detach`, `alias` or `lift_fresh`: after autograd they are identities.
+1. No `detach`, `alias` or `lift_fresh`: after autograd they are identities. No copy of a value in
+   the same layout either, such as an operator in place leaves behind: nothing in the graph is
+   overwritten. Copies of what others see, arguments and results, stay, as these may be overwritten;
+   so do copies of a part, without which the whole would be kept.
 2. No view that changes nothing, no view of a view (`view`, `_unsafe_view`), no `t(t(x))`.
 3. No two pure nodes that compute the same value (common subexpressions are one node). The earlier
    one stays, so a forward value that autograd computes again in the backward is read from the
@@ -22,7 +25,7 @@ from torch import fx
 from gtrans.errors import GraphError
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph, Side, tag
-from gtrans.ir.sizes import same_shape
+from gtrans.ir.sizes import numel, same_shape
 from gtrans.ir.source import location
 
 aten = torch.ops.aten
@@ -40,6 +43,7 @@ def normalise(joint: JointGraph) -> None:
     _own_metadata(joint)
     _correct_batch_norm(joint)
     _erase_identities(joint)
+    _erase_copies(joint)
     _merge_views(joint)
     _merge_common_subexpressions(joint)
     joint.eliminate_dead_code()
@@ -75,6 +79,20 @@ def _erase_identities(joint: JointGraph) -> None:
         if node.target in _IDENTITIES:
             source = node.args[0]
             assert isinstance(source, fx.Node)
+            joint.replace(node, source)
+
+
+def _erase_copies(joint: JointGraph) -> None:
+    seen_outside = {ops.storage_of(n) for n in joint.output.all_input_nodes}
+    for node in joint.calls(aten.clone.default):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        whole = ops.storage_of(source)
+        if whole.op == "placeholder" or not seen_outside.isdisjoint((node, whole)):
+            continue
+        val, original = node.meta["val"], source.meta["val"]
+        same = same_shape(val, original) and val.stride() == original.stride()
+        if same and numel(whole.meta["val"]) == numel(val):
             joint.replace(node, source)
 
 

@@ -161,13 +161,13 @@ class PayingPass(Pass[JointGraph]):
 
 def _check(joint: JointGraph, verdict: Verdict) -> None:
     """Rolls all back unless the bytes of the plan fall."""
-    verdict.bytes_before = verdict.bytes_after = _planned_bytes(_copy(joint)[0])
+    verdict.bytes_before = verdict.bytes_after = planned_bytes(_copy(joint)[0])
     if not verdict.chosen:
         return
     rewritten, twin = _copy(joint)
     for c in verdict.chosen:
         c.rewrite(rewritten, twin[c.site])
-    verdict.bytes_after = _planned_bytes(rewritten)
+    verdict.bytes_after = planned_bytes(rewritten)
     if verdict.bytes_after >= verdict.bytes_before:
         verdict.refused |= dict.fromkeys([c.site for c in verdict.chosen], NOTHING_SAVED)
         verdict.chosen, verdict.bytes_after = [], verdict.bytes_before
@@ -184,8 +184,8 @@ def _unmarked(node: fx.Node) -> fx.Node:
     return node
 
 
-def _planned_bytes(joint: JointGraph) -> int:
-    """What the plan keeps of a graph, which is used up."""
+def planned_bytes(joint: JointGraph) -> int:
+    """What a plan by bytes keeps of a graph, which is used up."""
     erase_taps(joint)
     joint.eliminate_dead_code()
     return saved_bytes(joint, minimum_cut(joint, lambda node: Plan().cost(joint, node)))

@@ -36,6 +36,27 @@ def test_a_reshape_of_a_strided_value_stays() -> None:
     assert product.args[0] is not y
 
 
+def test_what_an_operator_in_place_copies_is_read_itself() -> None:
+    joint = joint_with(lambda x: F.silu(torch.sin(x), inplace=True))
+    (y,) = joint.calls(aten.sin.default)
+    assert not joint.calls(aten.clone.default)
+    assert [n for n in y.users if joint.is_backward(n)]
+
+
+def test_copies_of_arguments_of_results_and_of_parts_stay() -> None:
+    def of_a_part(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.sin(x).narrow(0, 0, 1).clone().exp()] * 2)
+
+    class Returned(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = torch.sin(x.clone().exp())
+            return y, y.clone().exp()
+
+    assert len(joint_with(of_a_part).calls(aten.clone.default)) == 1
+    x = torch.randn(2, 4, requires_grad=True)
+    assert len(joint_of(Returned(), x).calls(aten.clone.default)) == 2
+
+
 def test_equal_computations_are_one_node() -> None:
     joint = joint_with(lambda x: torch.sin(x) + torch.sin(x) * 2)
     assert len([n for n in joint.calls(aten.sin.default) if joint.is_forward(n)]) == 1

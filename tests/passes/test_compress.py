@@ -17,7 +17,7 @@ from gtrans.errors import OptionError
 from gtrans.explanation import Explanation
 from gtrans.ir.joint import JointGraph
 from gtrans.passes.residual.compress import Compress
-from gtrans.pipeline import Pipeline
+from gtrans.pipeline import SAVED_ANYWAY, Gate, Pipeline
 from gtrans.rewrite import coded_slices, coded_values
 from gtrans.rewrite.late import splice_late
 from gtrans.runtime.quantise import Grid
@@ -148,6 +148,62 @@ def explained(model: nn.Module, x: torch.Tensor, options: str = "") -> Explanati
 def stats_of(explanation: Explanation) -> Stats:
     (stats,) = [step.stats for _, step in explanation.steps() if step.name == "compress"]
     return stats
+
+
+class Frozen(nn.Module):
+    """A ReLU whose output the backward compares with zero, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(torch.relu(self.up(x)))
+        return y
+
+
+def test_given_up_where_an_exact_pass_behind_it_saves_more() -> None:
+    nearest = "compress{bits=8,rounding=nearest,min_numel=1}"
+    (alone,) = gtrans.explain(Frozen(), torch.randn(64, 16), passes=f"{nearest},plan").captured
+    assert alone.steps[0].stats.rewritten == 1
+    explanation = gtrans.explain(
+        Frozen(), torch.randn(64, 16), passes=f"{nearest},relu-mask{{min_numel=1}},plan"
+    )
+    (captured,) = explanation.captured
+    stats = captured.steps[0].stats
+    assert (stats.matched, stats.rewritten) == (1, 0)
+    assert stats.skipped == {SAVED_ANYWAY: 1}
+    assert captured.steps[1].stats.rewritten == 1
+    assert captured.saved_bytes < alone.saved_bytes
+
+
+def test_what_pays_is_numbered_as_ever_and_can_be_held_back() -> None:
+    (captured,) = gtrans.explain(Perceptron(functional.gelu), torch.randn(64, 16)).captured
+    assert captured.original is not None
+    pipeline = Pipeline.parse("compress{min_numel=1},norm-output")
+    everything, only_second = Gate(), Gate({2})
+    pipeline.run(captured.original, gate=everything)
+    assert len(everything.seen) > 1
+    assert [r.number for r in everything.seen] == list(range(1, len(everything.seen) + 1))
+    _, (step, _) = pipeline.run(captured.original, gate=only_second)
+    assert step.stats.rewritten == 1
+    assert [r.site for r in only_second.seen] == [r.site for r in everything.seen]
+
+
+def test_activations_in_place_have_codes() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.inner = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+            self.norm, self.act = nn.BatchNorm2d(8), nn.SiLU(inplace=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return functional.silu(self.inner(self.act(self.norm(self.enter(x)))), inplace=True)
+
+    stats = stats_of(
+        gtrans.explain(InPlace(), torch.randn(2, 3, 12, 12), passes="compress{min_numel=1},plan")
+    )
+    assert sum("for an activation" in n for n in stats.notes) >= 1
 
 
 # ------------------------------------------------------------------------------ unbiasedness
