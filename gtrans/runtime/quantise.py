@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+from torch.nn.functional import avg_pool2d
 
 from gtrans.runtime.bits import pack_codes, unpack_codes
 from gtrans.runtime.noise import uniform
@@ -39,7 +40,8 @@ class Grid:
         group: consecutive elements, in memory, that share their statistics; a multiple of 8.
         order: the dimensions from the outermost to the innermost in memory.
         zeros: code 0 stands for zero, the others for positive numbers.
-        block: side of the square blocks whose averages are kept apart; 0 for none.
+        block: side of the square blocks of a [B, C, H, W] whose averages are kept apart; 0 for
+            none.
         stochastic: round at random; otherwise to the nearest code.
     """
 
@@ -83,7 +85,7 @@ def frame(grid: Grid, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     wide = x.to(_wide(x.dtype))
     parts: list[torch.Tensor] = []
     if grid.block:
-        averages = _averages(grid, wide)
+        averages = avg_pool2d(wide, grid.block)
         unit = averages.abs().amax().clamp_min(_TINIEST) / _WHOLE
         # As whole numbers: a compiler may leave out a conversion to a smaller float and back.
         parts = [unit, (averages / unit).round().to(torch.int16)]
@@ -199,18 +201,6 @@ def _smallest_positive(groups: torch.Tensor) -> torch.Tensor:
     return torch.where(low == torch.inf, 0.0, low)
 
 
-def _averages(grid: Grid, x: torch.Tensor) -> torch.Tensor:
-    """[*outer, height, width] to the averages of its blocks."""
-    *outer, height, width = x.shape
-    side = grid.block
-    if grid.rows_are_dense:
-        x = (x.reshape(-1, width) @ (_lifts(side, width, x).t() / side)).reshape(
-            [*outer, height // side, side, width // side]
-        )
-        return x.mean(-2)
-    return x.reshape([*outer, height // side, side, width // side, side]).mean((-3, -1))
-
-
 def _spread(grid: Grid, averages: torch.Tensor) -> torch.Tensor:
     """Every average at all places of its block."""
     *outer, height, width = averages.shape
@@ -227,8 +217,8 @@ def _spread(grid: Grid, averages: torch.Tensor) -> torch.Tensor:
 def _lifts(side: int, width: int, like: torch.Tensor) -> torch.Tensor:
     """[width / side, width] of ones where a place belongs to a block.
 
-    Rows are averaged and spread by products with this: neighbours that share a number, or differ by
-    a division, keep Inductor's C++ from working in vectors.
+    Rows are spread by products with this: neighbours that share a number keep Inductor's C++ from
+    working in vectors.
     """
     places = torch.arange(width, device=like.device)
     blocks = torch.arange(width // side, device=like.device)
