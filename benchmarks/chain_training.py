@@ -137,22 +137,22 @@ def _tasks(device: str) -> dict[str, Task]:
     # fmt: off
     return {
         "digits GRU": Task(
-            lambda: Reader(32).to(device), shown(pixels, 64), _by_rules(), 300, 5e-3, quick=40
+            lambda: Reader(32).to(device), shown(pixels, 64), _by_rules(), 250, 5e-3, quick=40
         ),
         "characters GRU": Task(
-            lambda: Language(letters, 64).to(device), read(64, 16), _by_rules(), 150, 5e-3
+            lambda: Language(letters, 64).to(device), read(64, 16), _by_rules(), 120, 5e-3
         ),
         "transformer": Task(
             lambda: _Transformer(letters, 24, 32, 8).to(device), read(24, 32),
-            _by_passes(_next_character), 120, 3e-3,
+            _by_passes(_next_character), 100, 3e-3,
         ),
         "ResNet": Task(
             lambda: PreActivation(36, 4).to(device), shown(images, 32),
-            _by_passes(_classes), 80, 3e-3,
+            _by_passes(_classes), 60, 3e-3,
         ),
         "undoing layers": Task(
             lambda: _Undoing(64, 32, 8).to(device), shown(pixels, 64),
-            _by_passes(_classes), 200, 3e-3, quick=30,
+            _by_passes(_classes), 150, 3e-3, quick=30,
         ),
     }
     # fmt: on
