@@ -236,6 +236,42 @@ def recurrence_backward(
     count: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of x, start, weight and bias (of zeros if there is none)."""
+    part = max(1, _ONE_PART // max(1, x[0].numel()))
+    if rule != "loop" or len(x) <= part:
+        return _gradients(drive, states, x, start, weight, bias, kind, rule, count)
+    # From the last steps to the first: what leaves a part enters the one before it.
+    dx, dweight = (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.zeros_like(weight),
+    )
+    dbias, carried = weight.new_zeros(len(weight)), torch.zeros_like(start)
+    for end in range(len(x), 0, -part):
+        at = slice(max(0, end - part), end)
+        own = drive[at].clone()
+        own[-1] += carried
+        before = states[at.start - 1] if at.start else start
+        given = own, states[at], x[at], before, weight, bias, kind, rule, count
+        dx[at], carried, more, of_bias = _gradients(*given)
+        dweight += more
+        dbias += of_bias
+    return dx, carried, dweight, dbias
+
+
+_ONE_PART = 1 << 20
+"""Products with the input up to which all steps are worked on at once; more leave the caches."""
+
+
+def _gradients(
+    drive: torch.Tensor,
+    states: torch.Tensor,
+    x: torch.Tensor,
+    start: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    kind: str,
+    rule: str,
+    count: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     layer = Recurrence(kind, x, start, weight, bias)
     everything = slice(0, len(x))
     before = layer.before(states, everything)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from gtrans.runtime import recurrence
 from gtrans.runtime.cells import CELLS
 from gtrans.runtime.recurrence import METHODS, Recurrence, recurrent_network
 from gtrans.runtime.watch import forget
@@ -201,3 +202,18 @@ def test_sweeps_that_do_not_settle_warn_once(caplog: pytest.LogCaptureFixture) -
         True
     ]
     forget()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_parts_of_a_long_backward_are_those_of_the_whole(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer, x = _layer(kind, 4), torch.randn(11, 2, 3, dtype=torch.float64, requires_grad=True)
+    hx = _start(layer, 2)
+    found = []
+    for most in (1 << 20, 100):
+        monkeypatch.setattr(recurrence, "_ONE_PART", most)
+        found.append(_gradients(layer, x, hx, _run(layer, kind, x, hx)))
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
