@@ -54,8 +54,8 @@ _INNER_PRICES = (0.001, 0.3)
 _LEAN = 0.05
 # The dynamic program: segments, options, and how many peaks it is asked for.
 _LENGTH, _OPTIONS, _ROOMS = 48, 24, 30
-# Neighbours on the front that it mixes in the end, and in how many parts.
-_GAPS, _PARTS = 8, 4
+# Neighbours on the front that are mixed in the end, in how many parts, and how many tries it takes.
+_GAPS, _PARTS, _TRIES = 8, 4, 9
 # Share of the simulations that cuts and segments may use up.
 _SHARE = 0.5
 # Readers of one recomputed value that are this many backward nodes apart share it.
@@ -219,7 +219,7 @@ class Front:
             pairwise(self.leanest()),
             key=lambda pair: (pair[1].peak - pair[0].peak) * (pair[1].cost - pair[0].cost),
         )
-        for pair in pairs[:_GAPS]:
+        for pair in pairs[: max(1, min(_GAPS, self.left // _TRIES))]:
             high, low = pair
             options = [self._option(segments, c) for c in pair]
             for part in (0.75, 0.5, 0.25):
@@ -248,8 +248,9 @@ class Front:
 
     def _options(self) -> list[Candidate]:
         """The candidates to mix: the front first, then those that are near it."""
-        front = [*_spread(self.best(), _OPTIONS // 2), *_spread(self.leanest(), _OPTIONS // 4)]
-        return list(dict.fromkeys((*front, *self._near_front())))[:_OPTIONS]
+        count = max(8, min(_OPTIONS, self.left // 2))  # to take one apart takes as long as a try
+        front = [*_spread(self.best(), count // 2), *_spread(self.leanest(), count // 4)]
+        return list(dict.fromkeys((*front, *self._near_front())))[:count]
 
     def _near_front(self) -> list[Candidate]:
         """The candidates that another one beats, the closest ones first."""

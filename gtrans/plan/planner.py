@@ -11,6 +11,7 @@ Needs: nothing. Random draws, mutations and collectives are never run again.
 Source: project selection by minimum cut, `gtrans.plan.cut`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -143,14 +144,16 @@ class Plan(Pass[JointGraph]):
         Raises:
             OptionError: the plan has a budget already.
         """
-        plans = [p for p in pipeline if isinstance(p, Plan)]
-        require(
-            all(p.memory in (None, budget) for p in plans),
-            "the memory budget is given twice, by memory= and by plan{memory=...}; give it once",
-        )
-        if not plans:
-            return (*pipeline, Plan(memory=budget))
-        return tuple(replace(p, memory=budget) if isinstance(p, Plan) else p for p in pipeline)
+
+        def change(plan: Plan) -> Plan:
+            require(
+                plan.memory in (None, budget),
+                "the memory budget is given twice, by memory= and by plan{memory=...}; give it "
+                "once",
+            )
+            return replace(plan, memory=budget)
+
+        return _with_every_plan(pipeline, change)
 
     @staticmethod
     def beside(pipeline: tuple[Pass[Any], ...], reserve_bytes: int) -> tuple[Pass[Any], ...]:
@@ -160,14 +163,15 @@ class Plan(Pass[JointGraph]):
             OptionError: the plan has something else reserved already.
         """
         reserve = Budget(bytes=reserve_bytes)
-        plans = [p for p in pipeline if isinstance(p, Plan)]
-        require(
-            all(p.reserve in (None, reserve) for p in plans),
-            "memory is reserved twice, by optimizer= and by plan{reserve=...}; give it once",
-        )
-        if not plans:
-            return (*pipeline, Plan(reserve=reserve))
-        return tuple(replace(p, reserve=reserve) if isinstance(p, Plan) else p for p in pipeline)
+
+        def change(plan: Plan) -> Plan:
+            require(
+                plan.reserve in (None, reserve),
+                "memory is reserved twice, by optimizer= and by plan{reserve=...}; give it once",
+            )
+            return replace(plan, reserve=reserve)
+
+        return _with_every_plan(pipeline, change)
 
     @property
     def reserved_bytes(self) -> int:
@@ -206,6 +210,15 @@ class Plan(Pass[JointGraph]):
         if node.target in ops.ROWWISE:
             return self.price * _ROWWISE_WEIGHT * written
         return None
+
+
+def _with_every_plan(
+    pipeline: tuple[Pass[Any], ...], change: Callable[[Plan], Plan]
+) -> tuple[Pass[Any], ...]:
+    """Passes with every plan among them changed, or one added."""
+    if not any(isinstance(p, Plan) for p in pipeline):
+        pipeline = (*pipeline, Plan())
+    return tuple(change(p) if isinstance(p, Plan) else p for p in pipeline)
 
 
 def _is_copy(node: fx.Node) -> bool:
