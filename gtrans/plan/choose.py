@@ -4,10 +4,10 @@
     leanest    l_0 l_1 ... l_n    of all that are about as fast as c_i at c_i's peak or less, the
                                   one with the least cost
 
-    cost = seconds + seconds of the plain step * (flops of products again / flops of all products)
+    cost = seconds + 5 * seconds of the plain step * flops of products again / of all products
 
 The roofline does not tell plans apart whose predicted times are close, but it is certain which of
-them multiplies less: a hundredth of all products is worth a hundredth of the step. Along both lists
+them multiplies less: a hundredth of all products is worth a twentieth of the step. Along both lists
 the peak falls and the time grows, so that a larger budget never gives a slower plan.
 """
 
@@ -17,6 +17,8 @@ from gtrans.plan.rebuild import Candidate
 
 # Predicted times that differ by less are alike.
 ALIKE = 1.1
+# What the share of products that run again counts, relative to a share of the step's time.
+DEARER = 5.0
 
 
 def fastest(candidates: Collection[Candidate]) -> list[Candidate]:

@@ -35,7 +35,7 @@ from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import tensor_bytes
 from gtrans.plan import store
 from gtrans.plan.chain import Chain, Option
-from gtrans.plan.choose import fastest, leanest
+from gtrans.plan.choose import DEARER, fastest, leanest
 from gtrans.plan.cut import Cutter, read_directly
 from gtrans.plan.rebuild import Candidate, Choice, Rebuilder
 from gtrans.plan.waists import Waists
@@ -52,8 +52,6 @@ _PRICES = (0.02, 0.1, 0.3, 0.6, 1.0, 1.6, 2.5, 4.0)
 _INNER_PRICES = (0.001, 0.3)
 # What seconds count for that are not spent on products, where these are to be avoided.
 _LEAN = 0.05
-# By how much more than they cost the dynamic program avoids products, where it does.
-_DEARER = 5.0
 # The dynamic program: segments, options, and how many peaks it is asked for.
 _LENGTH, _OPTIONS, _ROOMS = 48, 24, 30
 # Neighbours on the front that are mixed in the end, in how many parts, and how many tries it takes.
@@ -385,12 +383,11 @@ class Front:
 
     def _task_cost(self, task: Task) -> float:
         dear = 0.0 if task.offered else self._dear.get(task.node, 0.0)
-        return self._task_seconds(task) + _DEARER * dear
+        return self._task_seconds(task) + DEARER * dear
 
     def _cost(self, schedule: Schedule) -> float:
-        return self.seconds(schedule) + sum(
-            self._dear.get(t.node, 0.0) for t in schedule.again if not t.offered
-        )
+        dear = sum(self._dear.get(t.node, 0.0) for t in schedule.again if not t.offered)
+        return self.seconds(schedule) + DEARER * dear
 
     def _lean(self, node: fx.Node) -> float:
         return self._dear.get(node, _LEAN * self._seconds[node])

@@ -62,8 +62,7 @@ class Candidate:
         choice: what it saves.
         peak: simulated peak in bytes, constants included.
         seconds: predicted time of forward and backward.
-        cost: seconds, and besides them a share of the step's own: that of its products which run
-            again. See `gtrans.plan.choose`.
+        cost: seconds, and more for the products that run again; see `gtrans.plan.choose`.
         boundaries: positions of its segments, if it has any.
     """
 
