@@ -181,9 +181,15 @@ What it returns is added to the message."""
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A sequence of passes."""
+    """A sequence of passes.
+
+    Args:
+        passes: in order.
+        unrolls: show joint passes the steps of recurrent layers, whether or not one reads them.
+    """
 
     passes: tuple[Pass[Any], ...] = ()
+    unrolls: bool = field(default=False, repr=False)
 
     @staticmethod
     def parse(text: "str | Pipeline") -> "Pipeline":
@@ -225,10 +231,15 @@ class Pipeline:
         """The passes that work on this kind of graph."""
         return Pipeline(tuple(p for p in self.passes if p.works_on is kind))
 
+    @property
+    def reads_steps(self) -> bool:
+        """Whether recurrent layers have to be unrolled, even where one operator computes them."""
+        return self.unrolls or any(p.reads_steps for p in self.passes)
+
     def on_forward(self, graph: ForwardGraph) -> "Pipeline":
         """The passes that work on forward graphs, and those that keep its layers whole."""
         passes = self.on(ForwardGraph).passes
-        if graph.calls(*RECURRENT_LAYERS) and not any(p.reads_steps for p in self.passes):
+        if graph.calls(*RECURRENT_LAYERS) and not self.reads_steps:
             names = {p.name for p in passes}
             passes += tuple(make_pass(n, WHOLE_LAYERS[n]) for n in WHOLE_LAYERS if n not in names)
         return Pipeline(passes)

@@ -9,6 +9,7 @@ from gtrans.analysis.chains import find_chains
 from gtrans.analysis.sweeps import block_norms, left_out, sweeps_for
 from gtrans.debugging.recording import Recording
 from gtrans.ir.joint import JointGraph
+from gtrans.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def plan_sweeps(
     Raises:
         ModelError: the model does not accept the inputs.
     """
-    recording = Recording(model, inputs, keyword_inputs)
+    recording = Recording(model, inputs, keyword_inputs, forward=Pipeline(unrolls=True))
     plans = []
     for case in recording.joints:
         joint = case.graph

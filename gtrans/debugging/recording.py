@@ -106,9 +106,10 @@ class Recording:
         twin = private_copy(model, dtype)
         arguments = in_dtype((tuple(inputs), keyword_inputs), dtype)
         self._recorder = _Recorder()
-        before = (forward or Pipeline()).on(ForwardGraph).passes
+        given = forward or Pipeline()
+        passes = (*given.on(ForwardGraph).passes, Plan(recompute="none"))
         self._compiler = _Capturing(
-            Pipeline((*before, Plan(recompute="none"))), self._recorder, skip_failures=False
+            Pipeline(passes, unrolls=given.reads_steps), self._recorder, skip_failures=False
         )
         install(twin, self._compiler)
         with capture_always():

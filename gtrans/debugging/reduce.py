@@ -69,7 +69,7 @@ def failing_case(
     Raises:
         ModelError: nothing fails, or the model does not accept the inputs.
     """
-    forward = pipeline.on(ForwardGraph)
+    forward = replace(pipeline.on(ForwardGraph), unrolls=pipeline.reads_steps)
 
     def record(dtype: torch.dtype | None, before: Pipeline) -> Recording:
         return Recording(
@@ -78,7 +78,7 @@ def failing_case(
 
     for dtype in (torch.float64, None):
         try:
-            recording = record(dtype, Pipeline())
+            recording = record(dtype, Pipeline(unrolls=pipeline.reads_steps))
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             if dtype is torch.float64:
                 continue  # it only runs in its own dtype

@@ -14,6 +14,7 @@ from gtrans.errors import OptionError
 from gtrans.ir.forward import ForwardGraph
 from gtrans.passes.rule.hoist_recurrence import HoistRecurrence
 from gtrans.pipeline import Pipeline
+from gtrans.sweep_plan import plan_sweeps
 
 PASSES = (
     "hoist-recurrence", "highway-recurrence", "cut-carry", "stationary-feedback",
@@ -200,3 +201,9 @@ def test_whole_layers_keep_output_and_gradients() -> None:
     model = Model(nn.GRU(3, 4, num_layers=2, bidirectional=True))
     torch.compiler.reset()
     gtrans.verify(model, torch.randn(20, 2, 3)).require()
+
+
+def test_the_planner_of_sweeps_sees_the_steps_of_a_long_layer() -> None:
+    torch.compiler.reset()
+    plans = plan_sweeps(Model(nn.GRU(3, 4)), torch.randn(20, 2, 3))
+    assert [p.depth for p in plans] == [19]
