@@ -16,11 +16,10 @@ published tables come from gradient descent instead. The stochastic variant is g
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,11 +27,11 @@ from numpy.polynomial import legendre
 from numpy.typing import NDArray
 
 from gtrans.analysis.pointwise import Activation
+from gtrans.ir.tracing import outside_tracing
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 Weight = Literal["uniform", "normal"]
 Floats = NDArray[np.float64]
-T = TypeVar("T")
 
 REACH = 10.0
 _CELLS = 1000
@@ -150,15 +149,6 @@ def _sample_linear(activation: Activation) -> Samples | None:
         if not torch.allclose(many, once, rtol=1e-9, atol=1e-9, equal_nan=True):
             return None
     return samples
-
-
-def outside_tracing(function: Callable[[], T]) -> T:
-    """Runs a function on real tensors even while torch is tracing with fake ones.
-
-    Torch's modes belong to a thread, so a new thread has none.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function).result()
 
 
 @cache

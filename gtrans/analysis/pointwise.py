@@ -173,7 +173,7 @@ def _evaluate(node: fx.Node, values: dict[fx.Node, torch.Tensor], dtype: torch.d
             device=like.device,
         )
     args = fx.map_arg(node.args, lambda n: values[n])
-    kwargs = fx.map_arg(_plain(node), lambda n: values[n])
+    kwargs = dict(fx.map_arg(_plain(node), lambda n: values[n]))
     if isinstance(kwargs.get("dtype"), torch.dtype):
         kwargs["dtype"] = _wide(kwargs["dtype"], dtype)
     target: Any = node.target

@@ -7,8 +7,8 @@ import zlib
 from pathlib import Path
 
 from gtrans.debugging.case import Case, Failure, stand_ins, write
-from gtrans.errors import GTransError
 from gtrans.ir.program import Program
+from gtrans.ir.tracing import outside_tracing
 from gtrans.pipeline import Graph, Pipeline, Step
 
 FOLDER_VARIABLE = "GTRANS_REPRO_DIR"
@@ -36,13 +36,14 @@ def write_repro(step: Step, graph: Graph, passes: Pipeline) -> str:
     error, _, _ = step.error.partition(":")
     text = f"raises {step.error.splitlines()[0]}"
     failure = Failure("raises", (step.name,), error=error, text=text)
-    case = Case(graph, {}, passes, failure=failure, descriptions=stand_ins(graph))
     try:
+        case = Case(graph, {}, passes, failure=failure, descriptions=stand_ins(graph))
         file = folder() / f"{re.sub(r'[^a-z0-9-]', '-', step.name)}-{_digest(case)}.py"
-        content = write(case, f"{failure}, found in graph {step.graph}.")
+        # Constants of the graph are real tensors, also while torch traces.
+        content = outside_tracing(lambda: write(case, f"{failure}, found in graph {step.graph}."))
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content, encoding="utf-8")
-    except (GTransError, OSError) as reason:
+    except Exception as reason:  # whatever it is, what the user must see is why the pass failed
         return f"\n  it could not be written down for a replay: {reason}"
     return f"\n  replay: gtrans repro {file}"
 

@@ -5,14 +5,17 @@ tried; tracing it takes torch some milliseconds per operator.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+
+T = TypeVar("T")
 
 _MOST = 512
 _PLAIN = (int, float, str, torch.dtype, torch.device, type(None))
@@ -54,6 +57,15 @@ def traced(
             _seen.clear()
         _seen[key] = graph
     return graph
+
+
+def outside_tracing(function: Callable[[], T]) -> T:
+    """Runs a function on real tensors even while torch is tracing with fake ones.
+
+    Torch's modes belong to a thread, so a new thread has none.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
 
 
 def _key(

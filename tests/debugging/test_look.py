@@ -296,6 +296,26 @@ def test_a_pass_that_fails_is_written_down_and_training_goes_on(
     assert "still fails: pass 'raises': raises ZeroDivisionError: on purpose" in done.stdout
 
 
+def test_a_graph_with_constants_is_written_down_while_torch_traces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Constant(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.layer(x)
+            return torch.where(y > 0, y, torch.tensor(0.0))
+
+    monkeypatch.setenv("GTRANS_REPRO_DIR", str(tmp_path))
+    model = gtrans.optimize(Constant(), passes="raises,plan", backend="eager")
+    model(torch.randn(2, 4)).sum().backward()
+    [file] = tmp_path.iterdir()
+    assert f"replay: gtrans repro {file}" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_training_goes_on_where_nothing_can_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

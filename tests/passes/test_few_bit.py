@@ -48,6 +48,7 @@ SMOOTH: dict[str, Function] = {
     "with its residual": lambda x: x + functional.gelu(x),
     "one after another": lambda x: torch.tanh(functional.gelu(x)),
     "own": own_activation,
+    "through another type": lambda x: x * torch.sigmoid(x.to(torch.float64)).to(x.dtype),
 }
 
 
