@@ -92,7 +92,7 @@ def fit(joint: JointGraph, budget: Budget, device: Device) -> Fit:
         if found is not None and _least_seconds(variant.joint, device) >= found.seconds:
             continue  # not searched, since no plan of it could be chosen
         search = _Search(variant, device, room)
-        fastest = fastest or search.best[0].seconds
+        fastest = fastest or search.front.best()[0].seconds
         if search.fits and (found is None or search.seconds < found.seconds):
             found = search
         if lowest is None or search.lowest_peak < lowest.lowest_peak:
