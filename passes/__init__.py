@@ -19,6 +19,8 @@ PASSES: dict[str, str] = {
     "hoist-recurrence": "gtrans.passes.rule.hoist_recurrence:HoistRecurrence",
     "highway-recurrence": "gtrans.passes.wire.highway_recurrence:HighwayRecurrence",
     "cut-carry": "gtrans.passes.wire.cut_carry:CutCarry",
+    "sltt": "gtrans.passes.wire.sltt:Sltt",
+    "ode-adjoint": "gtrans.passes.wire.ode_adjoint:OdeAdjoint",
     "deq-backward": "gtrans.passes.wire.deq_backward:DeqBackward",
     "stationary-feedback": "gtrans.passes.wire.stationary_feedback:StationaryFeedback",
     "parallel-feedforward": "gtrans.passes.operator.parallel_feedforward:ParallelFeedforward",

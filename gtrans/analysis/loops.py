@@ -15,7 +15,7 @@ running sum of outputs: each strongly connected part of the hand-over is a loop 
 
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +26,7 @@ from torch import fx
 
 from gtrans.ir.forward import ForwardGraph, value
 
-_CALLS = ("call_function", "call_method", "get_attr")
+CALLS = ("call_function", "call_method", "get_attr")
 _SUMS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
 
 
@@ -113,6 +113,15 @@ class Loop:
         """How many steps there are, with one that is not finished."""
         return len(self) + bool(self.unfinished)
 
+    @cached_property
+    def begun(self) -> bool:
+        """Whether what the first step reads was made as steps make it, by one that is no like.
+
+        The first step of a Python loop often makes the state that it starts from.
+        """
+        made = zip(self.starts, self.carry_into(1), strict=True)
+        return any(_skeleton(start) == _skeleton(carried) for start, carried in made)
+
     def is_running_sum(self) -> bool:
         """Whether values are only added to the carry, and nothing reads it before the end.
 
@@ -130,7 +139,7 @@ def find_loops(graph: ForwardGraph, min_steps: int = 4) -> list[Loop]:
         graph: a captured forward.
         min_steps: leave out shorter ones; at least 2.
     """
-    order = [n for n in graph.nodes if n.op in _CALLS]
+    order = [n for n in graph.nodes if n.op in CALLS]
     labels = _labels(order)
     found: list[Loop] = []
     taken: set[fx.Node] = set()
@@ -235,7 +244,7 @@ class _Region:
         bodies = [[self.order[self.start + shift + i] for i in inner] for shift in shifts]
         run: list[list[fx.Node]] = []
         for t, body in enumerate(bodies):
-            if run and not _alike(bodies, t, first=len(run) == 1):
+            if run and not alike(bodies, t, first=len(run) == 1):
                 yield from self._loop(run, min_steps)
                 run = []
             run.append(body)
@@ -250,70 +259,88 @@ class _Region:
                 return
 
     def _made(self, steps: list[list[fx.Node]]) -> Loop | None:
-        place = {n: (t, i) for t, body in enumerate(steps) for i, n in enumerate(body)}
-        carried = sorted(
-            {place[n][1] for n in steps[0] if any(_later(place, n, u) for u in n.users)}
-        )
-        starts: dict[int, fx.Node] = {}
-        columns: dict[tuple[fx.Node, ...], int] = {}
-        reads: list[tuple[Source, ...]] = []
-        for i, second in enumerate(steps[1]):
-            row: list[Source] = []
-            for number, source in enumerate(_arguments(second)):
-                t, at = place.get(source, (-1, -1))
-                if t == 1:
-                    row.append(Source("body", at))
-                elif t == 0:
-                    index, first = carried.index(at), _arguments(steps[0][i])[number]
-                    if starts.setdefault(index, first) is not first or not _fits(first, source):
-                        return None
-                    row.append(Source("carry", index))
-                else:
-                    column = tuple(_arguments(body[i])[number] for body in steps)
-                    if not place.keys().isdisjoint(column):  # read more than a step later
-                        return None
-                    row.append(Source("input", columns.setdefault(column, len(columns))))
-            reads.append(tuple(row))
-        return Loop(
-            tuple(map(tuple, steps)),
-            tuple(reads),
-            tuple(carried),
-            tuple(starts[i] for i in range(len(carried))),
-            tuple(columns),
-            self._tied(steps, columns),
-        )
+        loop = loop_of(steps)
+        return loop and replace(loop, tied=self._tied(loop))
 
-    def _tied(self, steps: list[list[fx.Node]], columns: dict[tuple[fx.Node, ...], int]) -> bool:
+    def _tied(self, loop: Loop) -> bool:
         """Whether every step reads the same parameters, directly or through its own period."""
-        found: set[frozenset[fx.Node]] = set()
-        for t, body in enumerate(steps):
+        found: list[set[fx.Node]] = []
+        for t, body in enumerate(loop.steps):
             first = self.index[body[0]] - self.period
-            pending, seen = [c[t] for c in columns], set[fx.Node]()
+            pending, seen = [c[t] for c in loop.inputs], set[fx.Node]()
             while pending:
                 node = pending.pop()
                 if node not in seen:
                     seen.add(node)
                     if node in self.index and self.index[node] > first:
                         pending += node.all_input_nodes
-            found.add(frozenset(n for n in seen if n.op == "placeholder" and _trains(n)))
-        return len(found) == 1
+            found.append({n for n in seen if n.op == "placeholder" and _trains(n)})
+        # What leads to the first step may lie before the region.
+        return found[0] <= found[1] and all(f == found[1] for f in found[2:])
 
 
-def _alike(bodies: list[list[fx.Node]], t: int, *, first: bool) -> bool:
+def loop_of(steps: Sequence[Sequence[fx.Node]]) -> Loop | None:
+    """A loop of at least two steps that are alike; None if they hand over more than a carry."""
+    place = {n: (t, i) for t, body in enumerate(steps) for i, n in enumerate(body)}
+    carried = sorted({place[n][1] for n in steps[0] if any(_later(place, n, u) for u in n.users)})
+    number_of = {at: number for number, at in enumerate(carried)}
+    starts: dict[int, fx.Node] = {}
+    columns: dict[tuple[fx.Node, ...], int] = {}
+    reads: list[tuple[Source, ...]] = []
+    arguments = [[_arguments(n) for n in body] for body in steps]
+    for i, second in enumerate(arguments[1]):
+        row: list[Source] = []
+        for number, source in enumerate(second):
+            t, at = place.get(source, (-1, -1))
+            if t == 1:
+                row.append(Source("body", at))
+            elif t == 0:
+                index, first = number_of[at], arguments[0][i][number]
+                if starts.setdefault(index, first) is not first or not _fits(first, source):
+                    return None
+                row.append(Source("carry", index))
+            else:
+                column = tuple(body[i][number] for body in arguments)
+                if not place.keys().isdisjoint(column):  # read more than a step later
+                    return None
+                row.append(Source("input", columns.setdefault(column, len(columns))))
+        reads.append(tuple(row))
+    return Loop(
+        tuple(map(tuple, steps)),
+        tuple(reads),
+        tuple(carried),
+        tuple(starts[i] for i in range(len(carried))),
+        tuple(columns),
+        tied=False,
+    )
+
+
+def refreshed(loop: Loop) -> Loop:
+    """The same steps with what they read now, after other nodes have been replaced."""
+    found = loop_of(loop.steps)
+    return loop if found is None else replace(found, tied=loop.tied)
+
+
+def alike(bodies: Sequence[Sequence[fx.Node]], t: int, *, first: bool) -> bool:
     """Whether a step calls and reads what the one before does, a step later.
 
     The one before may be the first, which reads a start from outside instead of the carry.
     """
+    places = {
+        step: {n: i for i, n in enumerate(bodies[step])} for step in (t - 2, t - 1, t) if step >= 0
+    }
 
     def where(node: fx.Node, step: int) -> Source | None:
-        if node in bodies[step]:
-            return Source("body", bodies[step].index(node))
-        if step and node in bodies[step - 1]:
-            return Source("carry", bodies[step - 1].index(node))
+        if node in places[step]:
+            return Source("body", places[step][node])
+        if step and node in places[step - 1]:
+            return Source("carry", places[step - 1][node])
         return None
 
     for a, b in zip(bodies[t - 1], bodies[t], strict=True):
         if _skeleton(a) != _skeleton(b) or not _fits(a, b):
+            return False
+        if a.op == "get_attr" and not _same_code(a, b):
             return False
         for x, y in zip(_arguments(a), _arguments(b), strict=True):
             before, now = where(x, t - 1), where(y, t)

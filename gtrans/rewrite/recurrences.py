@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from gtrans.analysis.loops import Loop, find_loops
+from gtrans.analysis.loops import Loop, find_loops, refreshed
 from gtrans.analysis.recurrence_speed import RecurrenceSize
 from gtrans.core import HELD_BACK, Pass, Permission, Stats
 from gtrans.ir.forward import ForwardGraph, value
@@ -70,7 +70,8 @@ class LoopPass(Pass[ForwardGraph]):
 
     def visit(self, graph: ForwardGraph, may: May) -> None:
         """Rewrites every loop that may be."""
-        for loop in find_loops(graph):
+        for found in find_loops(graph):
+            loop = refreshed(found)  # an earlier one may have been rewritten
             if loop.is_running_sum() or not loop.tied:
                 continue  # nothing to carry; blocks with weights of their own are no recurrence
             short = "fewer steps than min_steps" if loop.length < self.min_steps else None
@@ -84,6 +85,15 @@ class LoopPass(Pass[ForwardGraph]):
     @abstractmethod
     def rewrite_loop(self, graph: ForwardGraph, loop: Loop) -> None:
         """Rewrites a loop that was not refused."""
+
+
+def detach_carry(graph: ForwardGraph, loop: Loop, step: int) -> None:
+    """Lets no gradient flow from a step, or one that is not finished, to the one before."""
+    readers = loop.steps[step] if step < len(loop) else loop.unfinished
+    for carried in loop.carry_into(step):
+        detached = graph.insert_after(carried, torch.detach, carried)
+        for reader in readers:
+            reader.replace_input_with(carried, detached)
 
 
 class RecurrencePass(LoopPass):

@@ -81,7 +81,7 @@ def not_side_by_side(loop: Loop, step: fx.GraphModule) -> str | None:
     if any(not (c.is_floating_point() and c.dtype == carries[0].dtype) for c in carries):
         return "the values that a step hands over differ in type"
     inputs = [value(column[0]) for column in loop.inputs]
-    mode = _mode([*carries, *inputs])
+    mode = fake_mode_of([*carries, *inputs])
     try:
         with mode or nullcontext(), torch.no_grad():
             several = [t.expand(2, *t.shape) for t in carries]
@@ -148,10 +148,10 @@ def _traced(loop: Loop, step: fx.GraphModule) -> fx.Graph:
     """
     arguments = [*loop.starts, *(column[0] for column in loop.inputs)]
     values = [value(n).detach() for n in arguments]
-    return traced(lambda *a: tuple(step(*a)), arguments, values, _mode(values))
+    return traced(lambda *a: tuple(step(*a)), arguments, values, fake_mode_of(values))
 
 
-def _mode(values: Sequence[torch.Tensor]) -> Any:
+def fake_mode_of(values: Sequence[torch.Tensor]) -> Any:
     """The fake mode of some values."""
     return next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
 
@@ -177,8 +177,10 @@ def step_of(loop: Loop) -> fx.GraphModule:
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), here)
         made.append(graph.create_node(node.op, node.target, args, kwargs))
-    graph.output(tuple(made[place] for place in _order(loop)))
-    return fx.GraphModule({}, graph)
+    graph.output(tuple(made[place] for place in result_order(loop)))
+    owner = loop.last.graph.owning_module
+    held = {str(n.target) for n in loop.steps[-1] if n.op == "get_attr"}
+    return fx.GraphModule({name: getattr(owner, name) for name in held}, graph)
 
 
 def roll(
@@ -213,7 +215,7 @@ def roll(
     given = {k: held(v, k) if isinstance(v, fx.GraphModule) else v for k, v in options.items()}
     body = held(step, "step")
     call = graph.insert_before(anchor, function, body, starts, inputs, len(loop), **given)
-    order = _order(loop)
+    order = result_order(loop)
     for t, nodes in enumerate(loop.steps):
         for i, place in enumerate(order):
             old = nodes[place]
@@ -225,7 +227,7 @@ def roll(
                     reader.replace_input_with(old, new)
 
 
-def _order(loop: Loop) -> list[int]:
+def result_order(loop: Loop) -> list[int]:
     """The places of a step's results: what is handed over, then what else is read."""
     return [*loop.carried, *(place for place in loop.results() if place not in loop.carried)]
 

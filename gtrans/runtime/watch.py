@@ -1,7 +1,7 @@
 """Says when truncated sweeps have not settled."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,3 +119,24 @@ def _pass_on(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None
 
 watch_step.register_autograd(_pass_on)
 WATCH_STEP = torch.ops.gtrans.watch_step.default
+
+
+DRIFT = 1e-2
+"""How far from the first state of a loop, relative to its size, the way back to it may end."""
+
+
+def watch_drift(found: Sequence[torch.Tensor], true: Sequence[torch.Tensor], count: int) -> None:
+    """Warns once if the steps of a loop, taken backwards, did not lead to where it began."""
+    a, b = (torch.cat([t.flatten() for t in ts]) for ts in (found, true))
+    where = f"a solver of {b.numel()} values"
+    # Relative to what was found: a start of zeros has no size.
+    ratio = _change(a, b, where, DRIFT)
+    if ratio is not None:
+        log.warning(
+            "gtrans: %s, taken backwards, misses its first state by %.0f %%: the gradient of "
+            "ode-adjoint is as far off. More iterations than %d or smaller steps help, or "
+            "method=checkpoint, which is exact",
+            where,
+            100 * ratio,
+            count,
+        )

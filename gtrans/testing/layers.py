@@ -182,6 +182,45 @@ class Loop(nn.Module):
         return torch.stack(states, 1)
 
 
+class Iterated(nn.Module):
+    """A state that one function of the input is applied to again and again.
+
+    Args:
+        width: D.
+        step: (state, what the input became, product) to state; it settles, integrates, or spikes.
+    """
+
+    def __init__(self, width: int, step: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.inward = nn.Linear(width, width)
+        self.across = nn.Linear(width, width, bias=False)
+        nn.init.uniform_(self.across.weight, -0.4 / width, 0.4 / width)
+        self.step = step
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        drive = self.inward(x)
+        state = torch.zeros_like(drive)
+        for _ in range(8):
+            state = self.step(state, drive, self.across)
+        return state
+
+
+def _settling(z: torch.Tensor, x: torch.Tensor, product: nn.Module) -> torch.Tensor:
+    return torch.tanh(product(z) + x)
+
+
+def _integrating(y: torch.Tensor, x: torch.Tensor, product: nn.Module) -> torch.Tensor:
+    middle = y + 0.1 * torch.tanh(product(y) + x)
+    return y + 0.2 * torch.tanh(product(middle) + x)
+
+
+def _spiking(v: torch.Tensor, x: torch.Tensor, product: nn.Module) -> torch.Tensor:
+    v = 0.5 * v + product(v) + x
+    soft = torch.sigmoid(4 * (v - 0.5))
+    spike = ((v > 0.5).to(v.dtype) - soft).detach() + soft
+    return v - 0.5 * spike
+
+
 class Recurrent(nn.Module):
     """nn.GRU over [B, T, D]."""
 
@@ -268,6 +307,9 @@ FEATURES_LAST: dict[str, Maker] = {
     "swap_halves": _function(_swap),
     "flip_flop": _function(_flip_flop),
     "centre": Centre,
+    "equilibrium": lambda width: Iterated(width, _settling),
+    "solver": lambda width: Iterated(width, _integrating),
+    "spiking": lambda width: Iterated(width, _spiking),
     "linear_twice": lambda width: Twice(nn.Linear(width, width)),
 }
 """Layers for values [B, ..., D]."""

@@ -17,13 +17,11 @@ Source: Williams and Peng, Neural Computation 1990, as graph surgery; k = 1 for 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
 from gtrans.analysis.loops import Loop
 from gtrans.contract import Contract, Local
 from gtrans.core import Knob, require
 from gtrans.ir.forward import ForwardGraph
-from gtrans.rewrite.recurrences import RecurrencePass
+from gtrans.rewrite.recurrences import RecurrencePass, detach_carry
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,7 @@ class CutCarry(RecurrencePass):
 
     def rewrite_loop(self, graph: ForwardGraph, loop: Loop) -> None:
         """Detaches what the first step of each part reads from the step before."""
-        for step in range(self.every, loop.length, self.every):
-            readers = loop.steps[step] if step < len(loop) else loop.unfinished
-            for carried in loop.carry_into(step):
-                detached = graph.insert_after(carried, torch.detach, carried)
-                for reader in readers:
-                    reader.replace_input_with(carried, detached)
+        for step in range(loop.length):
+            number = step + loop.begun
+            if number > 0 and number % self.every == 0:
+                detach_carry(graph, loop, step)

@@ -20,13 +20,11 @@ Source: Geng et al., NeurIPS 2021, arXiv:2111.05177 (unrolled phantom gradient w
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from gtrans.analysis.loops import Loop
 from gtrans.contract import Contract, Iterative
 from gtrans.core import Knob, require
 from gtrans.ir.forward import ForwardGraph
-from gtrans.rewrite.recurrences import LoopPass
+from gtrans.rewrite.recurrences import LoopPass, detach_carry
 from gtrans.runtime.watch import WATCH_STEP
 
 
@@ -69,11 +67,7 @@ class DeqBackward(LoopPass):
 
     def rewrite_loop(self, graph: ForwardGraph, loop: Loop) -> None:
         """Detaches what the first of the last steps reads, and watches the last."""
-        first = len(loop) - self.terms - 1
-        for carried in loop.carry_into(first):
-            detached = graph.insert_after(carried, torch.detach, carried)
-            for reader in loop.steps[first]:
-                reader.replace_input_with(carried, detached)
+        detach_carry(graph, loop, len(loop) - self.terms - 1)
         last, before = (loop.carry_into(t)[0] for t in (len(loop), len(loop) - 1))
         readers = [user for user in last.users if user not in loop.nodes]
         watched = graph.insert_after(last, WATCH_STEP, last, before, f"the loop at {last.name}")

@@ -1,0 +1,161 @@
+"""Solvers written as loops: their gradient without their stages, exact, or as it is inverted."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import gtrans
+from gtrans.errors import OptionError
+from gtrans.pipeline import Pipeline
+from gtrans.runtime.watch import forget
+
+Gradients = dict[str, torch.Tensor]
+
+
+class Solved(nn.Module):
+    """dy/dt = f(t, y), in fixed steps.
+
+    Args:
+        kind: "euler", "midpoint", "heun" or "rk4".
+        steps: T.
+        scale: of the last layer of f.
+        path: whether all states are read, or the last one only.
+    """
+
+    def __init__(
+        self, kind: str = "euler", steps: int = 8, scale: float = 1.0, path: bool = False
+    ) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+        self.kind, self.steps, self.scale, self.path = kind, steps, scale, path
+
+    def field(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.inner(torch.cat([y, t.expand(len(y), 1)], 1))
+        return out * self.scale
+
+    def move(self, t: torch.Tensor, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if self.kind == "euler":
+            return h * self.field(t, y)
+        if self.kind == "midpoint":
+            return h * self.field(t + h / 2, y + h / 2 * self.field(t, y))
+        a = self.field(t, y)
+        if self.kind == "heun":
+            return h / 2 * (a + self.field(t + h, y + h * a))
+        b = self.field(t + h / 2, y + h / 2 * a)
+        c = self.field(t + h / 2, y + h / 2 * b)
+        return h / 6 * (a + 2 * b + 2 * c + self.field(t + h, y + h * c))
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        times = torch.linspace(0, 1, self.steps + 1, dtype=y.dtype)
+        states = []
+        for i in range(self.steps):
+            y = y + self.move(times[i], times[i + 1] - times[i], y)
+            states.append(y)
+        return torch.stack(states) if self.path else y
+
+
+def _step(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out.sin().sum().backward()
+    assert x.grad is not None
+    return out.detach(), {
+        "x": x.grad, **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    }  # fmt: skip
+
+
+def _rewritten(model: nn.Module, x: torch.Tensor, passes: str) -> tuple[torch.Tensor, Gradients]:
+    torch.compiler.reset()
+    twin = copy.deepcopy(model)
+    return _step(gtrans.optimize(twin, passes=passes, backend="eager", on_error="raise"), x)
+
+
+def _error(found: Gradients, expected: Gradients) -> float:
+    return max(float((found[n] - g).norm() / g.norm()) for n, g in expected.items())
+
+
+KINDS = ("euler", "midpoint", "heun", "rk4")
+
+
+@settings(max_examples=4)
+@example(kind="euler", steps=5, path=True)
+@given(kind=st.sampled_from(KINDS), steps=st.integers(4, 9), path=st.booleans())
+def test_checkpoints_are_exact_and_an_inversion_that_has_settled_is(
+    kind: str, steps: int, path: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Solved(kind, steps, path=path).double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    expected, gradients = _step(copy.deepcopy(model), x)
+    for passes in ("ode-adjoint", "ode-adjoint{method=backsolve,iterations=60}"):
+        out, found = _rewritten(model, x, passes)
+        assert torch.equal(out, expected)
+        assert _error(found, gradients) < 1e-10
+
+
+def test_the_error_of_backsolve_falls_with_its_iterations_and_with_the_step() -> None:
+    torch.manual_seed(0)
+    model, x = Solved("heun", 8).double(), torch.randn(2, 3, dtype=torch.float64)
+    _, exact = _step(copy.deepcopy(model), x)
+    passes = "ode-adjoint{{method=backsolve,iterations={}}}".format
+    errors = [_error(_rewritten(model, x, passes(k))[1], exact) for k in (1, 2, 4)]
+    assert errors[0] > 4 * errors[1] > 16 * errors[2]
+    model.steps = 16
+    _, exact = _step(copy.deepcopy(model), x)
+    assert _error(_rewritten(model, x, passes(1))[1], exact) < 0.7 * errors[0]
+
+
+def test_what_is_kept() -> None:
+    x, kept = torch.randn(4, 3), []
+    for steps in (6, 12):
+        torch.compiler.reset()
+        row = []
+        for passes in ("plan", "ode-adjoint,plan", "ode-adjoint{method=backsolve},plan"):
+            torch.compiler.reset()
+            row.append(gtrans.explain(Solved("rk4", steps), x, passes=passes).saved_bytes)
+        kept.append(row)
+    plain, checkpoint, backsolve = zip(*kept, strict=True)
+    assert plain[1] > 1.8 * plain[0] > 4 * checkpoint[1]
+    # The times are what each step reads besides: two numbers.
+    assert backsolve[1] - backsolve[0] <= 6 * 2 * 4
+    assert checkpoint[1] - checkpoint[0] >= 6 * 4 * 3 * 4
+
+
+def test_a_way_back_that_misses_the_start_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    forget()
+    with caplog.at_level(logging.WARNING, "gtrans"):
+        model = Solved("euler", 5, scale=20.0)
+        _rewritten(model, torch.randn(2, 3), "ode-adjoint{method=backsolve,iterations=1}")
+    assert "taken backwards, misses its first state by" in caplog.text
+
+
+def test_what_is_no_solver_stays_and_says_why() -> None:
+    class Iterated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = torch.zeros_like(x)
+            for _ in range(6):
+                z = torch.tanh(self.inner(z) + x)
+            return z
+
+    torch.compiler.reset()
+    found = str(gtrans.explain(Iterated(), torch.randn(2, 3), passes="ode-adjoint"))
+    assert "a step does not add to what it carries, so it is no solver's" in found
+
+
+def test_options_out_of_range_are_refused() -> None:
+    with pytest.raises(
+        OptionError, match=r"method must be 'checkpoint' or 'backsolve' \(reversible"
+    ):
+        Pipeline.parse("ode-adjoint{method=reversible}")
+    with pytest.raises(OptionError, match=r"ode-adjoint: iterations must be at least 1"):
+        Pipeline.parse("ode-adjoint{iterations=0}")
