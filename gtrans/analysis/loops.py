@@ -14,7 +14,7 @@ running sum of outputs: each strongly connected part of the hand-over is a loop 
 """
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -140,16 +140,22 @@ def find_loops(graph: ForwardGraph, min_steps: int = 4) -> list[Loop]:
         min_steps: leave out shorter ones; at least 2.
     """
     order = [n for n in graph.nodes if n.op in CALLS]
+    at = {n: i for i, n in enumerate(order)}
     labels = _labels(order)
     found: list[Loop] = []
     taken: set[fx.Node] = set()
+    settled: list[_Region] = []
     whole = max(min_steps - 1, 2)  # the last step may be unfinished
     for period in range(1, len(order) // whole + 1):
         for start, length in _repeats(labels, period, (whole - 1) * period):
-            region = _Region(order, start, length + period, period)
-            for loop in region.loops(min_steps, taken):
-                taken |= loop.nodes
-                found.append(loop)
+            region = _Region(order, at, start, length + period, period)
+            if any(region.tells_no_more_than(other) for other in settled):
+                continue
+            loops, complete = region.loops(min_steps, taken)
+            found += loops
+            taken |= {n for loop in loops for n in loop.nodes}
+            if complete:
+                settled.append(region)
     return sorted(found, key=lambda loop: loop.last)
 
 
@@ -177,28 +183,47 @@ class _Region:
     """A part of the node list that repeats with some period."""
 
     order: Sequence[fx.Node]
+    at: Mapping[fx.Node, int]
     start: int
     length: int
     period: int
 
-    @cached_property
-    def index(self) -> dict[fx.Node, int]:
-        part = self.order[self.start : self.start + self.length]
-        return {node: i for i, node in enumerate(part)}
+    def index(self, node: fx.Node) -> int | None:
+        """The place of a node in the region."""
+        place = self.at.get(node, -1) - self.start
+        return place if 0 <= place < self.length else None
 
-    def loops(self, min_steps: int, taken: set[fx.Node]) -> Iterator[Loop]:
-        """The loops of this period that contain none of the taken nodes."""
+    def tells_no_more_than(self, other: "_Region") -> bool:
+        """Whether another one, whose cycles are all loops of its own length, holds this one.
+
+        What repeats with a period repeats with its multiples, and a cycle there is one here too.
+        """
+        inside = other.start <= self.start and (
+            self.start + self.length <= other.start + other.length
+        )
+        return inside and self.period % other.period == 0
+
+    def loops(self, min_steps: int, taken: set[fx.Node]) -> tuple[list[Loop], bool]:
+        """The loops of this period without taken nodes; whether they cover all of its cycles."""
         middle = (self.length // self.period) // 2 * self.period
         lags = self._hand_over(middle, taken)
         trained = [p for p in lags if _may_have_gradient(self.order[self.start + middle + p])]
         carried = set(_cycles(lags.subgraph(trained)))
+        found: list[Loop] = []
+        complete = True
         for part in nx.strongly_connected_components(lags):
-            rotation = (
-                None if carried.isdisjoint(part) else self._rotation(lags.subgraph(part), middle)
-            )
-            if rotation is not None:
-                chosen = sorted(part, key=lambda place: (place - rotation) % self.period)
-                yield from self._aligned(chosen, rotation, min_steps)
+            if carried.isdisjoint(part):
+                continue
+            rotation = self._rotation(lags.subgraph(part), middle)
+            if rotation is None:
+                complete = False
+                continue
+            chosen = sorted(part, key=lambda place: (place - rotation) % self.period)
+            loops = list(self._aligned(chosen, rotation, min_steps))
+            # A step less than there are periods, for its place in them, and one more for a start.
+            complete &= any(len(loop) >= self.length // self.period - 2 for loop in loops)
+            found += loops
+        return found, complete
 
     def _hand_over(self, middle: int, taken: set[fx.Node]) -> "nx.DiGraph[int]":
         """The places of a period; an edge says how many periods later a place is read, at most."""
@@ -209,7 +234,7 @@ class _Region:
                 continue
             graph.add_node(place)
             for source in node.all_input_nodes:
-                at = self.index.get(source)
+                at = self.index(source)
                 if at is not None and source not in taken:
                     lag = middle // self.period - at // self.period
                     before = graph.get_edge_data(at % self.period, place, {"lag": lag})["lag"]
@@ -266,13 +291,13 @@ class _Region:
         """Whether every step reads the same parameters, directly or through its own period."""
         found: list[set[fx.Node]] = []
         for t, body in enumerate(loop.steps):
-            first = self.index[body[0]] - self.period
+            first = self.at[body[0]] - self.period
             pending, seen = [c[t] for c in loop.inputs], set[fx.Node]()
             while pending:
                 node = pending.pop()
                 if node not in seen:
                     seen.add(node)
-                    if node in self.index and self.index[node] > first:
+                    if self.index(node) is not None and self.at[node] > first:
                         pending += node.all_input_nodes
             found.append({n for n in seen if n.op == "placeholder" and _trains(n)})
         # What leads to the first step may lie before the region.

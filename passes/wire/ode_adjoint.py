@@ -12,9 +12,9 @@ Costs: the forward once more; with backsolve k further times.
 Contract: checkpoint: exact, the gradient of the numbers that the solver computed. Backsolve:
     aligned: exact as its iterations settle, which they do where a step's d changes by less than y
     does (h |df/dy| < 1); a warning says where the way back misses the first state.
-Needs: a loop in Python over steps that add to their state, the same function each time; times and
-    step sizes may be numbers or tensors. Steps of reversible Heun are inverted to rounding by
-    `reversible`, which is the pass to ask for there.
+Needs: a loop in Python over steps that add to their state, the same function each time; what
+    differs between steps, such as the time, must be a tensor. Steps of reversible Heun are inverted
+    to rounding by `reversible`, which is the pass to ask for there.
 Source: Chen et al., NeurIPS 2018, arXiv:1806.07366 (backsolve), here with the solver's own steps
     taken backwards, so that what remains is the error of the inversion; k = 1 is one step of the
     same solver. Checkpoints per step: Matsubara et al., NeurIPS 2021, arXiv:2102.09750.
