@@ -66,12 +66,18 @@ def _stage_of(
     order: Sequence[fx.Node], at: dict[fx.Node, int], group: list[Loop], others: set[fx.Node]
 ) -> Stage:
     """The stage of some loops, of whichever of them comes first in a step."""
+    best: Stage | None = None
     for first in group:
         loops = [first, *(loop for loop in group if loop is not first)]
-        stage = _Grown(order, at, loops, others).stage()
-        if stage is not None:
-            return stage
-    return Stage(group[0], ((group[0], 0),))
+        for skip in range(2):  # the first step may be unlike the others around its loops
+            stage = _Grown(order, at, loops, others, skip).stage()
+            if stage is not None and (best is None or _rows(stage) > _rows(best)):
+                best = stage
+    return best or Stage(group[0], ((group[0], 0),))
+
+
+def _rows(stage: Stage) -> int:
+    return len(stage.whole.reads)
 
 
 def _period(loop: Loop, at: dict[fx.Node, int]) -> int:
@@ -102,11 +108,12 @@ class _Grown:
         at: dict[fx.Node, int],
         loops: list[Loop],
         others: set[fx.Node],
+        skip: int,
     ) -> None:
         self.order, self.at, self.others = order, at, others
         self.period = _period(loops[0], at)
         firsts = [_first(loop, loops[0], at) for loop in loops]
-        start = max(0, *(-f for f in firsts))  # the first step that all of them have
+        start = skip + max(0, *(-f for f in firsts))  # the first step that all of them have
         stop = min(len(loop) - f for loop, f in zip(loops, firsts, strict=True))
         self.steps = range(stop - start)
         self.parts = tuple((x, f + start) for x, f in zip(loops, firsts, strict=True))
@@ -153,7 +160,8 @@ class _Grown:
 
         def step_of(node: fx.Node) -> tuple[int, int] | None:
             own = found.get(self.at[node] % self.period) if node in self.at else None
-            return None if own is None else (own, (self.at[node] - own) // self.period)
+            step = -1 if own is None else (self.at[node] - own) // self.period
+            return (own, step) if own is not None and step in self.steps else None
 
         before, here = column[:2]
         if before in here.all_input_nodes:

@@ -82,7 +82,7 @@ def _error(found: Gradients, expected: Gradients) -> float:
 KINDS = ("euler", "midpoint", "heun", "rk4")
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @example(kind="euler", steps=5, path=True)
 @given(kind=st.sampled_from(KINDS), steps=st.integers(4, 9), path=st.booleans())
 def test_checkpoints_are_exact_and_an_inversion_that_has_settled_is(
