@@ -14,8 +14,8 @@ from gtrans.pipeline import Pipeline
 from gtrans.registry import pass_table
 from gtrans.testing import laws
 
-# Passes whose pattern random models do not hold: 16-bit copies of values of 32 bits, and layers that
-# the reference keeps whole as well.
+# Passes whose pattern random models do not hold: 16-bit copies of values of 32 bits, and layers
+# that the reference keeps whole as well.
 NEEDS_MARKERS = frozenset({"memory-share", "fused-lstm"})
 
 NAMES = sorted(pass_table())
