@@ -55,17 +55,17 @@ def find_stages(graph: ForwardGraph, min_steps: int = 4) -> list[Stage]:
                 break
         else:
             groups.append([loop])
-    stages = []
+    stages: list[Stage] = []
     for group in groups:
         others = {n for loop in found if loop not in group for n in loop.nodes}
-        stages.append(_stage_of(order, at, group, others))
+        stages += _stages_of(order, at, group, others)
     return stages
 
 
-def _stage_of(
+def _stages_of(
     order: Sequence[fx.Node], at: dict[fx.Node, int], group: list[Loop], others: set[fx.Node]
-) -> Stage:
-    """The stage of some loops, of whichever of them comes first in a step."""
+) -> list[Stage]:
+    """The stage of some loops, of whichever of them comes first in a step; or one of each."""
     best: Stage | None = None
     for first in group:
         loops = [first, *(loop for loop in group if loop is not first)]
@@ -73,7 +73,7 @@ def _stage_of(
             stage = _Grown(order, at, loops, others, skip).stage()
             if stage is not None and (best is None or _rows(stage) > _rows(best)):
                 best = stage
-    return best or Stage(group[0], ((group[0], 0),))
+    return [best] if best is not None else [Stage(loop, ((loop, 0),)) for loop in group]
 
 
 def _rows(stage: Stage) -> int:

@@ -98,9 +98,11 @@ class Sltt(LoopPass):
 
     def _cut(self, graph: ForwardGraph, stage: Stage) -> None:
         """Detaches what is handed over between parts; within the operator its rule does."""
-        inner = range(1, len(stage.whole)) if self.stepwise else range(0)
+        inner = range(len(stage.whole)) if self.stepwise else range(0)
         for loop, first in stage.parts:
             for step in range(loop.length):
                 number = step - first + stage.ahead
                 if number > 0 and number % self.every == 0 and step - first not in inner:
                     detach_carry(graph, loop, step)
+        if inner and stage.ahead > 0 and stage.ahead % self.every == 0:
+            detach_carry(graph, stage.whole, 0)
