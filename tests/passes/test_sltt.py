@@ -168,9 +168,9 @@ def test_what_is_kept_does_not_grow_with_the_steps() -> None:
     for steps in (8, 16):
         model = Network(_straight_through, steps=steps, ending="last")
         kept.append([_explained(model, x, p).saved_bytes for p in ("plan", "sltt,plan")])
-    assert kept[1][0] > 1.8 * kept[0][0]
+    assert kept[1][0] > 1.6 * kept[0][0]
     # A step or two at the ends stay outside of the operator.
-    assert kept[1][1] == kept[0][1] < kept[1][0] / 4
+    assert kept[1][1] == kept[0][1] < kept[1][0] / 2
 
 
 def test_a_loop_that_does_not_spike_says_so() -> None:
