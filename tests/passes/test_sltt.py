@@ -199,7 +199,7 @@ def test_random_numbers_between_steps_keep_it_from_running_twice() -> None:
     found = str(_explained(Dropping(_straight_through), x, "sltt"))
     assert "random numbers are drawn between its steps; stepwise=false cuts" in found
     cut = str(_explained(Dropping(_straight_through), x, "sltt{stepwise=false}"))
-    assert "sltt: matched 2, rewrote 2" in cut or "sltt: matched 1, rewrote 1" in cut
+    assert "sltt{stepwise=false}: matched 1, rewrote 1" in cut
 
 
 @pytest.mark.parametrize("option", ["every=0", "steps=-1", "min_steps=0"])
