@@ -11,6 +11,7 @@ from torch import nn
 
 import gtrans
 from gtrans.errors import OptionError
+from gtrans.passes.wire.ode_adjoint import OdeAdjoint
 from gtrans.pipeline import Pipeline
 from gtrans.runtime.watch import forget
 
@@ -156,6 +157,6 @@ def test_options_out_of_range_are_refused() -> None:
     with pytest.raises(
         OptionError, match=r"method must be 'checkpoint' or 'backsolve' \(reversible"
     ):
-        Pipeline.parse("ode-adjoint{method=reversible}")
+        OdeAdjoint(method="reversible")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"ode-adjoint: iterations must be at least 1"):
         Pipeline.parse("ode-adjoint{iterations=0}")
