@@ -38,6 +38,10 @@ from gtrans.ir.half import Half, Runnable
 # it reorders by, away from the order of the plan. See also `gtrans.backends.frugal_fusion`.
 _FRUGAL = {"allow_buffer_reuse": False, "reorder_for_peak_memory": False}
 
+# On a CPU. Inductor gives the weights of convolutions the layout with channels innermost, keeps
+# these copies for the backward, and is no faster for it.
+_ON_CPU = {"layout_optimization": False}
+
 
 class Inductor:
     """The default lowering where a C++ compiler or Triton is at hand.
@@ -108,7 +112,9 @@ class Inductor:
         """Inductor's configuration while it works on a half, and the tag of its caches' keys."""
         tag = f"{compiler_config.cache_key_tag} {cache_tag(half)}".strip()
         tagged = compiler_config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]  # made by torch
-        settings = {**(_FRUGAL if half.frugal else {}), **self.settings}
+        on_cpu = not any(isinstance(x, torch.Tensor) and x.is_cuda for x in half.inputs)
+        defaults = {**(_ON_CPU if on_cpu else {}), **(_FRUGAL if half.frugal else {})}
+        settings = {**defaults, **self.settings}
         fusion = V.set_choices_handler(FrugalFusion()) if half.frugal else nullcontext()
         with inductor_config.patch(settings), tagged, fusion:
             yield

@@ -49,8 +49,6 @@ PASSES = {
     "4 bits": "compress{bits=4},default",
     "2 bits": "pool-places,compress{bits=2},default",
 }
-# Inductor's layouts for convolutions on a CPU keep a copy of every weight for the backward.
-_OPTIONS = {"layout_optimization": False}
 _TABLE_ERROR = 0.0081
 _MIB = 2**20
 # Shares of eager's memory, and times of a step relative to `torch.compile`.
@@ -195,7 +193,7 @@ def _measure(
         if variant == "compile":
             twin.compile()
         elif variant in PASSES:
-            gtrans.optimize(twin, passes=PASSES[variant], options=_OPTIONS, on_error="raise")
+            gtrans.optimize(twin, passes=PASSES[variant], on_error="raise")
         forwards[variant] = _forward(twin, batch, variant)
     steps = {v: _step(models[v], f) for v, f in forwards.items()}
     exact = _gradients(models["eager"], forwards["eager"])

@@ -94,6 +94,14 @@ def test_options_hold_while_both_halves_are_compiled_and_no_longer(
     assert configuration() == before
 
 
+def test_weights_keep_their_layout_on_a_cpu_unless_asked_otherwise(
+    compilations: list[dict[str, Any]],
+) -> None:
+    gradients(gtrans.optimize(small()))
+    gradients(gtrans.optimize(small(), options={"layout_optimization": True}))
+    assert [c["layout_optimization"] for c in compilations] == [False, False, True, True]
+
+
 def test_a_mode_is_a_set_of_options(compilations: list[dict[str, Any]]) -> None:
     before = configuration()
     gradients(gtrans.optimize(small(), mode="max-autotune"))
