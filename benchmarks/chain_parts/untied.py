@@ -1,9 +1,9 @@
 """Sweeps over blocks with weights of their own: a product a block, or one product of all blocks.
 
-Blocks that share their weights run as one batch. Of blocks that do not, the weights would have to
-be stacked, once a step for all of its sweeps, since an optimizer moves them; then the products of a
+Blocks that share their weights run as one batch. Of blocks that do not, the weights have to be
+stacked, once a step for all of its sweeps, since an optimizer moves them; then the products of a
 sweep are one `bmm`. What sweeps over n blocks of a perceptron (d to 4d to d) cost either way, the
-stacking included, says whether a pass should do that.
+stacking included, says where `highway-bp` should do that.
 """
 
 from functools import partial

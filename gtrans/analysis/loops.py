@@ -390,8 +390,8 @@ def _arguments(node: fx.Node) -> list[fx.Node]:
 
 
 def _skeleton(node: fx.Node) -> str:
-    """A call without its arguments that are nodes."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: None)
+    """A call, with its arguments that are nodes as one word: a bias that is missing is another."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: "a node")
     target = "" if node.op == "get_attr" else node.target
     return f"{target} {args} {kwargs}"
 

@@ -4,7 +4,8 @@ See `gtrans.passes.wire.highway_bp` for what they compute. A sum that is exact f
 computed once; a node of a cone is copied once a sweep, and only if something it reads differs.
 """
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from gtrans.analysis.chains import Chain, Link
 from gtrans.ir.joint import TAG, JointGraph, tag
 from gtrans.ir.sizes import hint, same_shape
+from gtrans.rewrite.batched import Batches, Part, part_of
 from gtrans.runtime.noise import fixed_signs
 from gtrans.runtime.watch import WATCH
 
@@ -26,16 +28,31 @@ _MUL = aten.mul.Tensor
 class Sweeps:
     """The rewrite of one chain.
 
-    All that is new stands right before the sum it belongs to: whatever it reads stands before.
+    All that is new stands right before the sum it belongs to: whatever it reads stands before. What
+    runs as a batch is moved behind what all of its blocks read.
+
+    Args:
+        joint: the graph.
+        chain: one of its chains.
+        iterations: sweeps.
+        gamma: of all links, or None to measure it.
+        worth: whether blocks like this one shall run as a batch.
     """
 
     def __init__(
-        self, joint: JointGraph, chain: Chain, iterations: int, gamma: float | None
+        self,
+        joint: JointGraph,
+        chain: Chain,
+        iterations: int,
+        gamma: float | None,
+        worth: Callable[[Part], bool] = lambda part: False,
     ) -> None:
         self.joint = joint
         self.chain = chain
         self.last = iterations
         self.gamma = gamma
+        self.worth = worth
+        self.batched = 0
         self.level = {link.node: link.level for link in chain.links}
         self.dependents = chain.dependents()
         self.made: dict[tuple[fx.Node, int], fx.Node] = {}
@@ -53,6 +70,32 @@ class Sweeps:
             final = self.made.get((link.node, self.last))
             if final is not None:
                 self.joint.replace_uses(link.node, self._watched(link, final), link.node.users)
+        self._batch()
+
+    def _batch(self) -> None:
+        """Lets the blocks of a sweep that are alike run as one batch, where that is worth it."""
+        batches = Batches(self.joint)
+        for sweep in range(self.last):
+            inside = {n for (o, s), n in self.made.items() if s == sweep and o not in self.level}
+            alike: dict[Hashable, list[tuple[Link, Part]]] = defaultdict(list)
+            for link in self.chain.links:
+                end = self.made.get((link.addend, sweep))
+                part = None if end is None or link.local else part_of(end, inside)
+                if part is not None and (link.node, sweep + 1) in self.made:
+                    alike[part.key].append((link, part))
+            for group in alike.values():
+                if len(group) > 1 and self.worth(group[0][1]):
+                    self._run_as_one(batches, group)
+        if self.batched:
+            self.joint.sort()
+
+    def _run_as_one(self, batches: Batches, group: list[tuple[Link, Part]]) -> None:
+        anchor = group[-1][0].node
+        results = batches.run([part for _, part in group], anchor)
+        for (_, part), result in zip(group, results or [], strict=bool(results)):
+            end = part.nodes[-1]
+            self.joint.replace_uses(end, self._in_layout_of(end, result, anchor), end.users)
+            self.batched += 1
 
     def _watched(self, link: Link, final: fx.Node) -> fx.Node:
         """The last iterate; that of the last sum but one under watch.
@@ -178,14 +221,15 @@ class Sweeps:
         made.meta[TAG] = replace(tag(made), region=tag(original).region)
         return made
 
-    def _in_layout_of(self, sum_: fx.Node, value: fx.Node) -> fx.Node:
-        """The value with the strides of a sum: what reads the sum may view it by its strides."""
-        wanted, got = sum_.meta["val"].stride(), value.meta["val"].stride()
+    def _in_layout_of(self, old: fx.Node, value: fx.Node, anchor: fx.Node | None = None) -> fx.Node:
+        """A value with the strides of another: what reads that may view it by its strides."""
+        anchor = anchor or old
+        wanted, got = old.meta["val"].stride(), value.meta["val"].stride()
         if all(guard_or_false(a == b) for a, b in zip(wanted, got, strict=True)):
             return value
         order = sorted(range(len(wanted)), key=lambda d: -hint(wanted[d]))
         back = [order.index(d) for d in range(len(order))]
         insert = self.joint.insert_before
-        value = insert(sum_, aten.permute.default, value, order)
-        value = insert(sum_, aten.clone.default, value, memory_format=torch.contiguous_format)
-        return insert(sum_, aten.permute.default, value, back)
+        value = insert(anchor, aten.permute.default, value, order)
+        value = insert(anchor, aten.clone.default, value, memory_format=torch.contiguous_format)
+        return insert(anchor, aten.permute.default, value, back)

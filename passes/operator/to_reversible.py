@@ -42,6 +42,7 @@ CHANGED = (
     "nothing goes on from one residual sum to the next but what an operator makes of it, such as "
     "the norm of a post-norm block: there is no stream that a later one could give back"
 )
+MADE = "its stream is one that this pass has made"
 INFERENCE = "gradients are off: the model runs as it was written"
 _MOST_BITS = 40
 
@@ -102,6 +103,8 @@ class ToReversible(Pass[ForwardGraph]):
         return Fraction(self.gamma).limit_denominator(1000)
 
     def _refuse(self, run: list[Link], heads: Collection[fx.Node]) -> str | None:
+        if any(link.stream.meta.get("made_by") == self.name for link in run):
+            return MADE
         if len(run) < 2:
             changed = list(run[0].output.users)
             if len(changed) == 1 and changed[0] in heads:

@@ -27,11 +27,12 @@ from gtrans.analysis.links import is_link
 from gtrans.contract import Close, Contract, Exact
 from gtrans.core import HELD_BACK, Knob, Pass, Permission, Stats, require
 from gtrans.ir import ops
-from gtrans.ir.joint import JointGraph
+from gtrans.ir.joint import JointGraph, tag
 
 aten = torch.ops.aten
 
 WIDE = "the streams are as wide already"
+MADE = "this pass has widened streams of this graph before"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _MOST_BITS = 40
 
@@ -70,10 +71,14 @@ class WideStreams(Pass[JointGraph]):
         chosen: set[fx.Node] = set()
         dtype, on_grid = _DTYPES[self.dtype], grids(computed_forward(graph))
         starts: set[fx.Node] = set()
+        # What is no coupling beside narrow streams may look like one beside wide ones.
+        widened = any(n.op != "output" and tag(n).made_by == self.name for n in graph.nodes)
         for coupling in couplings.found:
             wide = _bytes(coupling.output) >= dtype.itemsize and not self.bits
             if wide or coupling.output in on_grid:
                 stats.refuse(coupling.output, WIDE)
+            elif widened:
+                stats.refuse(coupling.output, MADE)
             elif permitted(coupling.output.name):
                 chosen.add(coupling.output)
                 starts.add(coupling.stream)

@@ -13,7 +13,8 @@ through at most k blocks.
 Shapes: w[t]: that of the stream, [*s]; nothing that the forward keeps changes.
 Saves: no bytes. The longest chain of products in the backward shrinks from n blocks to k + 1.
 Costs: k (n - k) blocks are run through once more, without their weight gradients. A device that is
-    busy without that gets slower; what gets shorter is the wait of one block for another.
+    busy without that gets slower; what gets shorter is the wait of one block for another. Blocks
+    that are small and alike run as a batch, for which their weights are stacked once a step.
     One more run through the blocks measures gamma, unless it is given.
 Contract: iterative. Points up to k blocks from the loss are exact, so all is exact at k = n, and
     the parameters of a chain whose input wants a gradient as well at k = n - 1. In between the
@@ -22,19 +23,25 @@ Needs: chains of gradient sums, found by `gtrans.analysis.chains`; a cone withou
     and collectives.
 Source: Fagnou et al., ICLR 2025, arXiv:2501.17086, theorem 2 and section 3 (gamma: appendix; the
     paper sets it by hand). Not done: the change of down-sampling blocks of the paper (a chain is
-    cut there), and batched cones.
+    cut there).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import fx
 
 from gtrans.analysis.chains import Chain, find_chains
+from gtrans.analysis.cost import device_of, node_seconds
 from gtrans.contract import Contract, Iterative
 from gtrans.core import HELD_BACK, Knob, Pass, Permission, Stats, require
 from gtrans.ir.joint import JointGraph
+from gtrans.rewrite.batched import Part, products
 from gtrans.rewrite.sweeps import Sweeps
+
+# As many starts of a kernel as a product that keeps a device busy takes.
+_FILLS = 10
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class HighwayBP(Pass[JointGraph]):
             block has its own, measured in every step by one more sweep on a fixed probe: minus
             the mean of the diagonal of its Jacobian.
         min_links: leave chains with fewer blocks alone.
+        batch: whether blocks of one structure run as a batch within a sweep, their weights stacked;
+            "auto" where one of their products is short beside the start of a kernel.
     """
 
     name: ClassVar[str] = "highway-bp"
@@ -58,6 +67,7 @@ class HighwayBP(Pass[JointGraph]):
     iterations: int = 5
     gamma: float | None = None
     min_links: int = 4
+    batch: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
         require(
@@ -92,13 +102,22 @@ class HighwayBP(Pass[JointGraph]):
             if reason is not None:
                 stats.refuse(chain.points[-1], reason)
                 continue
-            Sweeps(graph, chain, self.iterations, self.gamma).rewrite()
+            sweeps = Sweeps(graph, chain, self.iterations, self.gamma, self._worth(graph))
+            sweeps.rewrite()
             stats.rewritten += 1
             depths.append(chain.depth)
-            stats.notes.append(_note(chain, self.iterations))
+            stats.notes.append(_note(chain, self.iterations, sweeps.batched))
         if depths:
             stats.contract = Iterative(self.iterations, max(depths))
         return stats
+
+    def _worth(self, graph: JointGraph) -> Callable[[Part], bool]:
+        """Whether blocks run as a batch: where one of their products leaves processors idle."""
+        if self.batch != "auto":
+            return lambda part: self.batch == "always"
+        device = device_of(graph)
+        limit = _FILLS * device.launch_s
+        return lambda part: all(node_seconds(n, device) < limit for n in products(part))
 
     def refuse(self, chain: Chain) -> str | None:
         """Why a chain stays as it is, or None."""
@@ -109,8 +128,9 @@ class HighwayBP(Pass[JointGraph]):
         return None
 
 
-def _note(chain: Chain, iterations: int) -> str:
+def _note(chain: Chain, iterations: int, batched: int) -> str:
+    together = f", {batched} runs of a block in batches" if batched else ""
     return (
         f"{chain.depth} blocks from {chain.points[1].name} to {chain.points[-1].name} in "
-        f"{iterations} sweeps ({chain.end})"
+        f"{iterations} sweeps ({chain.end}){together}"
     )

@@ -93,6 +93,17 @@ def test_blocks_with_weights_of_their_own_are_a_loop_that_is_not_tied() -> None:
     assert [(len(loop), loop.tied) for loop in loops_of(model, x, True)] == [(5, True)]
 
 
+def test_a_step_without_a_bias_is_unlike_one_with_a_bias() -> None:
+    with_bias, without = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        for i in range(10):
+            x = torch.tanh(without(x) if i == 5 else with_bias(x))
+        return x
+
+    assert sorted(len(loop) for loop in loops_of(model, torch.randn(2, 4))) == [4, 5]
+
+
 def test_what_every_other_step_does_makes_a_loop_of_pairs() -> None:
     a, b, x = nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(2, 4)
 

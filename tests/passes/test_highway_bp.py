@@ -296,7 +296,7 @@ def test_the_contract_of_a_step_knows_the_depth() -> None:
     assert str(HighwayBP(2).contract) == "iterative (2 sweeps, exact at the depth of the model)"
     (note,) = step.stats.notes
     assert note.startswith("5 blocks from add_")
-    assert note.endswith("in 2 sweeps (the stream ends)")
+    assert note.endswith("in 2 sweeps (the stream ends), 7 runs of a block in batches")
 
 
 def test_nothing_weaker_than_exact_is_admitted_unless_asked_for() -> None:
@@ -370,3 +370,70 @@ def test_sweeps_far_from_settled_warn(caplog: pytest.LogCaptureFixture) -> None:
     (record,) = caplog.records
     assert "gtrans: sweep 4 over the stream at" in record.message
     forget()
+
+
+# ------------------------------------------------------------------------------------ batches
+
+
+def _notes(step: _Step) -> str:
+    return " ".join(step.captured.steps[0].stats.notes)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("gamma", [0.0, None])
+def test_batches_compute_what_one_block_after_another_does(
+    flavour: Flavour, gamma: float | None
+) -> None:
+    torch.manual_seed(0)
+    model, x = Stream(flavour, 6).double(), _input()
+    one_by_one = _Step(model, x, Pipeline((HighwayBP(3, gamma, 1, "never"),)))
+    together = _Step(model, x, Pipeline((HighwayBP(3, gamma, 1, "always"),)))
+    assert "in batches" in _notes(together)
+    assert "in batches" not in _notes(one_by_one)
+    for name, expected in one_by_one.gradients.items():
+        torch.testing.assert_close(together.gradients[name], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_sweep_over_blocks_alike_has_one_product_for_each_of_a_block() -> None:
+    torch.manual_seed(0)
+    depth, sweeps = 12, 2
+    model, x = Stream("pre-norm", depth).double(), _input(wants_gradient=False)
+    step = _Step(model, x, Pipeline((HighwayBP(sweeps, 0.0, 1, "always"),)))
+    rewritten = step.captured.rewritten
+    assert rewritten is not None
+    batches = rewritten.calls(torch.ops.aten.bmm.default)
+    assert len(batches) == 2 * sweeps
+    assert [n.meta["val"].shape[0] for n in batches] == [depth - 2, depth - 2, depth - 3, depth - 3]
+
+
+def test_batches_are_for_products_that_leave_processors_idle() -> None:
+    class Wide(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(6))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            for block in self.blocks:
+                x = x + torch.tanh(block(x))
+            return (x.sum(),)
+
+    passes = "highway-bp{iterations=2,gamma=0.0}"
+    assert "in batches" in _notes(_Step(Wide(8), torch.randn(2, 8), passes))
+    assert "in batches" not in _notes(_Step(Wide(512), torch.randn(512, 512), passes))
+
+
+def test_blocks_that_differ_do_not_run_as_one() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Linear(6, 7 + i), nn.Tanh(), nn.Linear(7 + i, 6)) for i in range(5)
+            )
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            for block in self.blocks:
+                x = x + block(x)
+            return (x.sum(),)
+
+    step = _Step(Mixed(), torch.randn(2, 6), Pipeline((HighwayBP(2, 0.0, 1, "always"),)))
+    assert "in batches" not in _notes(step)

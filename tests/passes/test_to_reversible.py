@@ -13,7 +13,7 @@ from torch import nn
 
 import gtrans
 from gtrans.contract import Changed, Exact
-from gtrans.passes.operator.to_reversible import ALONE, CHANGED, INFERENCE
+from gtrans.passes.operator.to_reversible import ALONE, CHANGED, INFERENCE, MADE
 from gtrans.pipeline import Pipeline
 from gtrans.runtime import streams
 from gtrans.testing import Record, Runner
@@ -215,6 +215,29 @@ def stats_of(model: nn.Module, x: torch.Tensor, options: str) -> "gtrans.Stats":
     runner = Runner(model, (x,), Pipeline.parse(f"to-reversible{{{options}}}"))
     runner.step()
     return runner.captured[0].forward_steps[0].stats
+
+
+class Solver(nn.Module):
+    """Midpoint steps: a residual sum within each residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.field = nn.Linear(8, 8)
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            middle = y + 0.1 * torch.tanh(self.field(y))
+            y = y + 0.2 * torch.tanh(self.field(middle))
+        return y
+
+
+def test_sums_within_streams_that_were_made_are_left_alone() -> None:
+    runner = Runner(Solver(), (torch.randn(4, 8),), Pipeline.parse("to-reversible,to-reversible"))
+    runner.step()
+    first, second = (step.stats for step in runner.captured[0].forward_steps)
+    assert first.rewritten == 4
+    assert second.rewritten == 0
+    assert second.skipped[MADE] > 0
 
 
 def test_a_single_sum_is_refused() -> None:

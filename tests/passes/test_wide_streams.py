@@ -9,9 +9,9 @@ from torch import nn
 
 import gtrans
 from gtrans.contract import Close, Exact
-from gtrans.passes.operator.wide_streams import WIDE
+from gtrans.passes.operator.wide_streams import MADE, WIDE
 from gtrans.pipeline import Pipeline
-from gtrans.testing import Record, Runner
+from gtrans.testing import ModelSpec, Record, Runner
 from tests.passes.coupled import Attention, Dropped, Perceptron, Streams, step_of
 from tests.passes.test_reversible_links import LINKS, Linked
 
@@ -98,6 +98,17 @@ def test_links_are_widened_too(link: str) -> None:
     assert step_of(runner.captured[0]).stats.rewritten == 6
     for name, value in plain.gradients.items():
         torch.testing.assert_close(kept.gradients[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_what_looks_like_a_coupling_beside_wide_streams_is_left_alone() -> None:
+    spec = ModelSpec("vector", ("solver", "scale", "spiking", "scale"), width=8)
+    model, inputs = spec.build()
+    runner = Runner(model, inputs, Pipeline.parse("wide-streams,wide-streams"))
+    runner.step()
+    first, second = (s.stats for s in runner.captured[0].steps if s.name == "wide-streams")
+    assert first.rewritten > 0
+    assert second.rewritten == 0
+    assert second.skipped[MADE] > 0
 
 
 def test_wide_streams_are_left_alone() -> None:

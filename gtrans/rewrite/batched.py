@@ -1,0 +1,156 @@
+"""Run parts of a graph that are alike, and do not wait for each other, as one batch.
+
+    a[i] = f(x[i], w[i])   i = 1 .. n    -->    a = vmap(f)(stack(x), stack(w))
+
+Products of n matrices become one `bmm`. What is stacked is stacked once: where some parts at the
+front have dropped out, the others read a slice of it.
+"""
+
+import warnings
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from gtrans.ir import ops
+from gtrans.ir.joint import JointGraph
+
+aten = torch.ops.aten
+
+# Where torch has no rule for a batch it loops over it: there are as many nodes as before.
+_MORE_NODES = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """What computes a node from outside values.
+
+    Attributes:
+        nodes: in an order that depends on their structure only; the last one is the result.
+        read: the values from outside, likewise.
+        key: equal for parts that differ in what they read only.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    read: tuple[fx.Node, ...]
+    key: Hashable
+
+
+def part_of(end: fx.Node, inside: Collection[fx.Node]) -> Part | None:
+    """The nodes of a set that lead to one of them; None where they cannot be compared.
+
+    Args:
+        end: the result.
+        inside: the set.
+    """
+    nodes: dict[fx.Node, int] = {}
+    read: dict[fx.Node, int] = {}
+    pending = [end]
+    while pending:
+        node = pending[-1]
+        before = [n for n in node.all_input_nodes if n in inside and n not in nodes]
+        if before:
+            pending.append(before[0])
+            continue
+        pending.pop()
+        nodes.setdefault(node, len(nodes))
+        for source in node.all_input_nodes:
+            if source not in inside:
+                read.setdefault(source, len(read))
+    key: list[Hashable] = [_kind(n) for n in read]
+    for node in nodes:
+        args = fx.map_arg(
+            (node.args, dict(node.kwargs)), lambda n: (n in nodes, nodes.get(n, read.get(n)))
+        )
+        key.append((str(node.target), repr(args)))
+    return None if None in key else Part(tuple(nodes), tuple(read), tuple(key))
+
+
+def _kind(node: fx.Node) -> Hashable | None:
+    val = node.meta["val"]
+    if not isinstance(val, torch.Tensor) or not all(isinstance(n, int) for n in val.shape):
+        return None
+    return val.dtype, tuple(val.shape)
+
+
+class Batches:
+    """Batches of parts in one graph, which share what they stack."""
+
+    def __init__(self, joint: JointGraph) -> None:
+        self.joint = joint
+        self.stacked: dict[tuple[fx.Node, ...], fx.Node] = {}
+
+    def run(self, parts: Sequence[Part], anchor: fx.Node) -> list[fx.Node] | None:
+        """Inserts one batch for parts of one key; None where torch would loop over them.
+
+        Args:
+            parts: two or more, none of which reads what another computes.
+            anchor: a node that stands behind all that they read; the batch stands before it.
+
+        Returns:
+            The result of each part. Those that read results may stand before them now: see
+            `JointGraph.sort`.
+        """
+        slots = list(zip(*(p.read for p in parts), strict=True))
+        shared = [len(set(slot)) == 1 for slot in slots]
+        first = anchor.prev
+        args = [
+            s[0] if same else self._stack(s, anchor) for s, same in zip(slots, shared, strict=True)
+        ]
+        before = anchor.prev
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that torch loops, which is looked at below
+            function = torch.vmap(_Call(parts[0]), in_dims=tuple(None if s else 0 for s in shared))
+            (result,) = self.joint.splice_before(anchor, function, *args)
+        made = _after(before, anchor)
+        if len(made) > _MORE_NODES * (len(parts[0].nodes) + len(slots)):
+            for node in reversed(made):
+                self.joint.erase(node)
+            return None
+        for node in _after(first, anchor):
+            if self.joint.is_forward(node):
+                self.joint.rebuild_in_backward(node)
+        insert = self.joint.insert_before
+        return [insert(anchor, aten.select.int, result, 0, i) for i in range(len(parts))]
+
+    def _stack(self, values: tuple[fx.Node, ...], anchor: fx.Node) -> fx.Node:
+        insert, count = self.joint.insert_before, len(values)
+        for known, stack in self.stacked.items():
+            if known[-count:] == values:
+                dropped = len(known) - count
+                return insert(anchor, aten.slice.Tensor, stack, 0, dropped) if dropped else stack
+        self.stacked[values] = insert(anchor, aten.stack.default, list(values))
+        return self.stacked[values]
+
+
+def _after(first: fx.Node, end: fx.Node) -> list[fx.Node]:
+    found = []
+    while first.next is not end:
+        first = first.next
+        found.append(first)
+    return found
+
+
+class _Call:
+    """A part as a function of what it reads."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+
+    def __call__(self, *read: torch.Tensor) -> torch.Tensor:
+        values: dict[fx.Node, Any] = dict(zip(self.part.read, read, strict=True))
+        for node in self.part.nodes:
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+            target: Any = node.target
+            # Stacked values have strides of their own, so that a view may need a copy.
+            target = torch.reshape if target is aten.view.default else target
+            values[node] = target(*args, **kwargs)
+        result: torch.Tensor = values[self.part.nodes[-1]]
+        return result
+
+
+def products(part: Part) -> list[fx.Node]:
+    """The products of matrices of a part."""
+    return [n for n in part.nodes if ops.is_contraction(n)]
