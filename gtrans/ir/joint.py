@@ -448,23 +448,6 @@ class JointGraph:
         self.offers = {v: o for v, o in self.offers.items() if v in remaining}
         return before - len(remaining)
 
-    def sort(self) -> None:
-        """Lets every node run behind what it reads; otherwise the order stays as it is."""
-        done: dict[fx.Node, None] = {}
-        for start in self.graph.nodes:
-            pending = [start]
-            while pending:
-                unmet = [n for n in pending[-1].all_input_nodes if n not in done]
-                if unmet:
-                    pending += unmet
-                else:
-                    done.setdefault(pending.pop())
-        at = next(iter(done))
-        for node in list(done)[1:]:
-            if at.next is not node:
-                at.append(node)
-            at = node
-
     def copy(self) -> "JointGraph":
         """An independent copy of the nodes; values (fake tensors) and constants are shared."""
         graph = fx.Graph()

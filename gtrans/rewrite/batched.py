@@ -90,8 +90,7 @@ class Batches:
             anchor: a node that stands behind all that they read; the batch stands before it.
 
         Returns:
-            The result of each part. Those that read results may stand before them now: see
-            `JointGraph.sort`.
+            The result of each part. What reads them may stand before them: see `put_in_order`.
         """
         slots = list(zip(*(p.read for p in parts), strict=True))
         shared = [len(set(slot)) == 1 for slot in slots]
@@ -123,6 +122,24 @@ class Batches:
                 return insert(anchor, aten.slice.Tensor, stack, 0, dropped) if dropped else stack
         self.stacked[values] = insert(anchor, aten.stack.default, list(values))
         return self.stacked[values]
+
+
+def put_in_order(joint: JointGraph) -> None:
+    """Lets every node run behind what it reads; otherwise the order stays as it is."""
+    done: dict[fx.Node, None] = {}
+    for start in joint.graph.nodes:
+        pending = [start]
+        while pending:
+            unmet = [n for n in pending[-1].all_input_nodes if n not in done]
+            if unmet:
+                pending += unmet
+            else:
+                done.setdefault(pending.pop())
+    at = next(iter(done))
+    for node in list(done)[1:]:
+        if at.next is not node:
+            at.append(node)
+        at = node
 
 
 def _after(first: fx.Node, end: fx.Node) -> list[fx.Node]:

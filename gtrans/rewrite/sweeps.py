@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from gtrans.analysis.chains import Chain, Link
 from gtrans.ir.joint import TAG, JointGraph, tag
 from gtrans.ir.sizes import hint, same_shape
-from gtrans.rewrite.batched import Batches, Part, part_of
+from gtrans.rewrite.batched import Batches, Part, part_of, put_in_order
 from gtrans.runtime.noise import fixed_signs
 from gtrans.runtime.watch import WATCH
 
@@ -87,7 +87,7 @@ class Sweeps:
                 if len(group) > 1 and self.worth(group[0][1]):
                     self._run_as_one(batches, group)
         if self.batched:
-            self.joint.sort()
+            put_in_order(self.joint)
 
     def _run_as_one(self, batches: Batches, group: list[tuple[Link, Part]]) -> None:
         anchor = group[-1][0].node

@@ -4,17 +4,15 @@
     momentum      v = g v + (1 - g) f(x);  x = x + v
     bdia          x' = s/2 x_before + (1 - s/2) x + (1 + s/2) f(x),  s = +-1 by sample and block
 
-The model computes another function from then on; `reversible`, later in the pipeline, rebuilds its
-streams. Without a grid the streams are as wide as the model's; on a grid 2^-bits they are fixed
-point numbers in float64, and come back without losing a bit: sums are exact, products of `momentum`
-leave their remainders in one int64 an element, each halving of `bdia` leaves one bit an element.
+`reversible`, later in the pipeline, rebuilds the streams. Without a grid they are as wide as the
+model's; on a grid 2^-bits they are fixed point numbers in float64, and come back to the bit: sums
+are exact, products of `momentum` leave an int64 an element, halvings of `bdia` one bit each.
 
 Saves: nothing by itself. With `reversible`, what the branches keep, at every depth.
 Costs: two-streams and momentum a few passes over the stream; a grid twice the bytes of its ends.
 Contract: the forward changes; the gradient is exact for it (rounding to the grid passes it on).
 Needs: two links or more in a row. A post-norm block, x = norm(x + f(x)), is none: what the norm
-    takes away (the scale of the sum) is in no later value. `bdia` needs a grid, and leaves the
-    model as it is where gradients are off: inference is that of the untouched model.
+    takes away (the scale of the sum) is in no later value. `bdia` needs a grid, and gradients.
 Source: two-streams: Reformer (arXiv:2001.04451) eq. 8, its streams averaged; momentum:
     arXiv:2102.07870 eq. 3; bdia: arXiv:2407.09093 eq. 15-21, whose grid has 9 bits.
 """

@@ -72,20 +72,6 @@ def test_an_inserted_node_has_value_side_region_and_author(joint: JointGraph) ->
     check_joint(joint)
 
 
-def test_sorting_puts_nodes_behind_what_they_read_and_moves_no_others(joint: JointGraph) -> None:
-    before = [n.name for n in joint.nodes]
-    joint.sort()
-    assert [n.name for n in joint.nodes] == before
-    (y,) = joint.calls(aten.tanh.default)
-    late = joint.insert_before(joint.output, aten.mul.Tensor, y, 2)
-    early = joint.insert_after(y, aten.neg.default, y)
-    early.replace_input_with(y, late)
-    joint.sort()
-    check_joint(joint)
-    assert late < early
-    assert [n.name for n in joint.nodes if n not in (late, early)] == before
-
-
 def test_inserting_after_an_input_goes_after_all_of_them(joint: JointGraph) -> None:
     node = joint.insert_after(joint.primals[0], aten.neg.default, joint.primals[0])
     assert node.prev is joint.tangents[-1]

@@ -20,11 +20,14 @@ from gtrans.contract import Iterative
 from gtrans.core import HELD_BACK
 from gtrans.debugging.recording import Recording
 from gtrans.errors import ContractError, OptionError
+from gtrans.ir.check import check_joint
 from gtrans.passes.wire.highway_bp import HighwayBP
 from gtrans.pipeline import Gate, Pipeline
+from gtrans.rewrite.batched import put_in_order
 from gtrans.runtime.watch import forget
 from gtrans.testing.laws import check_pass
 from gtrans.testing.streams import FLAVOURS, Flavour, Stream
+from tests.ir.graphs import joint_with
 
 KINDS = st.sampled_from(FLAVOURS)
 
@@ -437,3 +440,18 @@ def test_blocks_that_differ_do_not_run_as_one() -> None:
 
     step = _Step(Mixed(), torch.randn(2, 6), Pipeline((HighwayBP(2, 0.0, 1, "always"),)))
     assert "in batches" not in _notes(step)
+
+
+def test_nodes_are_put_behind_what_they_read_and_no_others_move() -> None:
+    joint = joint_with(torch.tanh)
+    before = [n.name for n in joint.nodes]
+    put_in_order(joint)
+    assert [n.name for n in joint.nodes] == before
+    (y,) = joint.calls(torch.ops.aten.tanh.default)
+    late = joint.insert_before(joint.output, torch.ops.aten.mul.Tensor, y, 2)
+    early = joint.insert_after(y, torch.ops.aten.neg.default, y)
+    early.replace_input_with(y, late)
+    put_in_order(joint)
+    check_joint(joint)
+    assert late < early
+    assert [n.name for n in joint.nodes if n not in (late, early)] == before
