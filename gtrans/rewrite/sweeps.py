@@ -83,19 +83,21 @@ class Sweeps:
                 part = None if end is None or link.local else part_of(end, inside)
                 if part is not None and (link.node, sweep + 1) in self.made:
                     alike[part.key].append((link, part))
+            # Parts may hold one another, so none is replaced before all have run.
+            ran: list[tuple[Part, fx.Node]] = []
             for group in alike.values():
                 if len(group) > 1 and self.worth(group[0][1]):
-                    self._run_as_one(batches, group)
+                    parts = [part for _, part in group]
+                    results = batches.run(parts, anchor := group[-1][0].node)
+                    ran += [
+                        (part, self._in_layout_of(part.nodes[-1], result, anchor))
+                        for part, result in zip(parts, results or [], strict=bool(results))
+                    ]
+            for part, result in ran:
+                self.joint.replace_uses(part.nodes[-1], result, part.nodes[-1].users)
+            self.batched += len(ran)
         if self.batched:
             put_in_order(self.joint)
-
-    def _run_as_one(self, batches: Batches, group: list[tuple[Link, Part]]) -> None:
-        anchor = group[-1][0].node
-        results = batches.run([part for _, part in group], anchor)
-        for (_, part), result in zip(group, results or [], strict=bool(results)):
-            end = part.nodes[-1]
-            self.joint.replace_uses(end, self._in_layout_of(end, result, anchor), end.users)
-            self.batched += 1
 
     def _watched(self, link: Link, final: fx.Node) -> fx.Node:
         """The last iterate; that of the last sum but one under watch.

@@ -135,9 +135,12 @@ def test_critical_path_of_a_deep_model_before_and_after() -> None:
     joint = _joint(Stream("pre-norm", 24, 4), _sequence(4))
     before = backward_critical_path(joint)
     assert len(before) == 2 * 24 + 1  # two products a block, and the last layer
-    rewritten, (step,) = Pipeline((HighwayBP(3, gamma=0.0),)).run(joint)
+    rewritten, (step,) = Pipeline((HighwayBP(3, gamma=0.0, batch="never"),)).run(joint)
     assert isinstance(rewritten, JointGraph)
     assert step.stats.rewritten == 1
+    batched, _ = Pipeline((HighwayBP(3, gamma=0.0, batch="always"),)).run(joint)
+    assert isinstance(batched, JointGraph)
+    assert len(backward_critical_path(batched)) == 2 * (3 + 1) + 1
     after = backward_critical_path(rewritten)
     assert len(after) == 2 * (3 + 1) + 1
     assert all(a < b for a, b in pairwise(after))
