@@ -112,7 +112,7 @@ class Inductor:
         """Inductor's configuration while it works on a half, and the tag of its caches' keys."""
         tag = f"{compiler_config.cache_key_tag} {cache_tag(half)}".strip()
         tagged = compiler_config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]  # made by torch
-        on_cpu = not any(isinstance(x, torch.Tensor) and x.is_cuda for x in half.inputs)
+        on_cpu = all(x.device.type == "cpu" for x in half.inputs if isinstance(x, torch.Tensor))
         defaults = {**(_ON_CPU if on_cpu else {}), **(_FRUGAL if half.frugal else {})}
         settings = {**defaults, **self.settings}
         fusion = V.set_choices_handler(FrugalFusion()) if half.frugal else nullcontext()

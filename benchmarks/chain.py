@@ -15,7 +15,8 @@ layer compiled by Inductor (unrolled, eight steps a graph), and the hoisted back
 - the longest row of products in the backward of a deep GPT and of a ResNet of 54 blocks is as short
   as the theory says;
 - the forward in sweeps settles within T sweeps by every method. The map of where it pays has no
-  target.
+  target;
+- spiking networks and solvers, one step at a time: see `chain_parts/stepwise.py`.
 """
 
 import math
@@ -28,6 +29,7 @@ import torch
 from benchmarks.chain_parts.forward import crossover, sweeps_to_settle
 from benchmarks.chain_parts.paths import critical_paths
 from benchmarks.chain_parts.recurrent import Recurrent, cosine, fastest
+from benchmarks.chain_parts.stepwise import stepwise_peaks
 from benchmarks.chain_parts.trained import trained_sweeps
 from benchmarks.chain_parts.untied import untied_blocks
 from benchmarks.table import Table, verdict
@@ -51,6 +53,7 @@ def main(quick: bool, device: str) -> int:
         untied_blocks,
         sweeps_to_settle,
         crossover,
+        stepwise_peaks,
     ]
     ok, figures = True, []
     for part in parts:

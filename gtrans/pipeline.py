@@ -12,7 +12,7 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, TypeVar, cast
 
@@ -225,7 +225,7 @@ class Pipeline:
         for name in names:
             if name not in (table := pass_table()):
                 raise OptionError(f"unknown pass {name!r}{did_you_mean(name, table)}")
-        return Pipeline(tuple(p for p in self.passes if p.name not in names))
+        return replace(self, passes=tuple(p for p in self.passes if p.name not in names))
 
     def on(self, kind: type[Graph]) -> "Pipeline":
         """The passes that work on this kind of graph."""
@@ -255,7 +255,7 @@ class Pipeline:
         end = len(passes)
         while end and passes[end - 1].knob is Knob.SCHEDULE:
             end -= 1
-        return Pipeline((*passes[:end], plan, *passes[end:]))
+        return replace(self, passes=(*passes[:end], plan, *passes[end:]))
 
     def marked(self, graph: ForwardGraph) -> ForwardGraph:
         """The forward graph with the taps of all joint passes; itself if none asks for any."""

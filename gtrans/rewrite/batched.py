@@ -9,6 +9,7 @@ front have dropped out, the others read a slice of it.
 import warnings
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from gtrans.ir.joint import JointGraph
 
 aten = torch.ops.aten
 
-# Where torch has no rule for a batch it loops over it: there are as many nodes as before.
-_MORE_NODES = 3
+# Torch loops over a batch for operators that have no kernel under any of these keys.
+_RULES = ("FuncTorchBatched", "FuncTorchBatchedDecomposition", "CompositeImplicitAutograd")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,23 @@ class Part:
     nodes: tuple[fx.Node, ...]
     read: tuple[fx.Node, ...]
     key: Hashable
+
+    @property
+    def products(self) -> list[fx.Node]:
+        """Its products of matrices."""
+        return [n for n in self.nodes if ops.is_contraction(n)]
+
+    def can_be_batched(self) -> bool:
+        """Whether torch runs more products as one than it has operators to loop over."""
+        calls = [(n, op) for n in self.nodes if (op := ops.overload(n)) is not None]
+        looped = {n for n, op in calls if not _has_rule(op)}
+        return len(looped) < len(set(self.products) - looped) or not looped
+
+
+@cache
+def _has_rule(op: torch._ops.OpOverload) -> bool:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return any(has_kernel(op.name(), key) for key in _RULES)
 
 
 def part_of(end: fx.Node, inside: Collection[fx.Node]) -> Part | None:
@@ -82,11 +100,11 @@ class Batches:
         self.joint = joint
         self.stacked: dict[tuple[fx.Node, ...], fx.Node] = {}
 
-    def run(self, parts: Sequence[Part], anchor: fx.Node) -> list[fx.Node] | None:
-        """Inserts one batch for parts of one key; None where torch would loop over them.
+    def run(self, parts: Sequence[Part], anchor: fx.Node) -> list[fx.Node]:
+        """Inserts one batch for parts of one key.
 
         Args:
-            parts: two or more, none of which reads what another computes.
+            parts: two or more that can be batched, none of which reads what another computes.
             anchor: a node that stands behind all that they read; the batch stands before it.
 
         Returns:
@@ -94,23 +112,18 @@ class Batches:
         """
         slots = list(zip(*(p.read for p in parts), strict=True))
         shared = [len(set(slot)) == 1 for slot in slots]
-        first = anchor.prev
-        args = [
-            s[0] if same else self._stack(s, anchor) for s, same in zip(slots, shared, strict=True)
-        ]
         before = anchor.prev
+        args = [
+            slot[0] if one else self._stack(slot, anchor)
+            for slot, one in zip(slots, shared, strict=True)
+        ]
+        function = torch.vmap(_Call(parts[0]), in_dims=tuple(None if s else 0 for s in shared))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that torch loops, which is looked at below
-            function = torch.vmap(_Call(parts[0]), in_dims=tuple(None if s else 0 for s in shared))
+            warnings.simplefilter("ignore")  # that torch loops over some operators
             (result,) = self.joint.splice_before(anchor, function, *args)
-        made = _after(before, anchor)
-        if len(made) > _MORE_NODES * (len(parts[0].nodes) + len(slots)):
-            for node in reversed(made):
-                self.joint.erase(node)
-            return None
-        for node in _after(first, anchor):
-            if self.joint.is_forward(node):
-                self.joint.rebuild_in_backward(node)
+        while (before := before.next) is not anchor:
+            if self.joint.is_forward(before):
+                self.joint.rebuild_in_backward(before)
         insert = self.joint.insert_before
         return [insert(anchor, aten.select.int, result, 0, i) for i in range(len(parts))]
 
@@ -142,14 +155,6 @@ def put_in_order(joint: JointGraph) -> None:
         at = node
 
 
-def _after(first: fx.Node, end: fx.Node) -> list[fx.Node]:
-    found = []
-    while first.next is not end:
-        first = first.next
-        found.append(first)
-    return found
-
-
 class _Call:
     """A part as a function of what it reads."""
 
@@ -166,8 +171,3 @@ class _Call:
             values[node] = target(*args, **kwargs)
         result: torch.Tensor = values[self.part.nodes[-1]]
         return result
-
-
-def products(part: Part) -> list[fx.Node]:
-    """The products of matrices of a part."""
-    return [n for n in part.nodes if ops.is_contraction(n)]

@@ -102,7 +102,7 @@ class CodedValue:
             last = max(n for n in (main.x, main.mean, main.rstd) if n is not None)
             function = partial(normalised, _shape(main))
             (source,) = graph.splice_after(last, function, main.x, main.mean, main.rstd)
-        frames = graph.splice_after(source, partial(frame, self.grid), source)
+        frames = graph.splice_after(_written(graph, source), partial(frame, self.grid), source)
         decoded = partial(self._decoded, graph, source, frames)
         first = decoded(self.grid, self.readers[0], "first")
         for use in self.uses:
@@ -144,6 +144,20 @@ class CodedValue:
         draw: str,
     ) -> fx.Node:
         return decoded_late(graph, source, frames, grid, anchor, f"{self.value.name} {draw}")
+
+
+def _written(graph: JointGraph, value: fx.Node) -> fx.Node:
+    """The first product of the forward that reads a value, or the value if there is none.
+
+    What a product reads is in memory. Coded before that, compilers compute the value again for its
+    ranges and for its codes.
+    """
+    products, pending = list[fx.Node](), [value]
+    while pending:
+        for user in filter(graph.is_forward, pending.pop().users):
+            pending += [user] if ops.is_view(user) else []
+            products += [user] if ops.is_contraction(user) else []
+    return min(products, default=value)
 
 
 def decoded_late(

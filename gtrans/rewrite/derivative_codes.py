@@ -18,8 +18,8 @@ from gtrans.analysis.pointwise import Activation, activation_at
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import numel
 from gtrans.rewrite.late import seed_of, splice_late
-from gtrans.runtime.bits import pack_codes, packed_dim, unpack_codes
-from gtrans.runtime.noise import uniform
+from gtrans.runtime.bits import join, pack_codes, packed_dim, split, unpack_codes
+from gtrans.runtime.noise import uniform, uniforms
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,15 @@ def _stochastic(
     x: torch.Tensor,
     seed: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    position = (activation.derivative(x.to(_wide(x.dtype))) - table.levels[0]) * (1 / table.step)
-    drawn = (position + uniform(seed, x.shape)).floor()
-    return pack_codes(drawn.clamp(0, 2**bits - 1), bits, dim)
+    def drawn(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        slope = activation.derivative(x.to(_wide(x.dtype)))
+        return ((slope - table.levels[0]) * (1 / table.step) + u).floor().clamp(0, 2**bits - 1)
+
+    if dim is None or 8 % bits:
+        return pack_codes(drawn(x, uniform(seed, x.shape)), bits, dim)
+    planes = split(x, bits, dim)
+    draws = uniforms(seed, planes[0].shape, len(planes))
+    return (join([drawn(*pair) for pair in zip(planes, draws, strict=True)], bits),)
 
 
 def _scale(

@@ -34,7 +34,7 @@ from gtrans.runtime.loop import rolled_loop
 from gtrans.runtime.recurrence import recurrent_network
 
 _KINDS = {getattr(torch, kind): kind for kind in CELLS}
-
+_OWN = (recurrent_network, rolled_loop)
 
 PACKED = "its sequences are packed"
 
@@ -42,15 +42,10 @@ May = Callable[[fx.Node, str | None], bool]
 """Told of a place and why it must stay, if so; counts it, and answers whether to rewrite it."""
 
 
-class LoopPass(Pass[ForwardGraph]):
-    """A pass that rewrites loops.
-
-    The option `min_steps`, which every such pass has, leaves shorter recurrences alone.
-    """
+class ForwardPass(Pass[ForwardGraph]):
+    """A pass that looks at one recurrence of a forward graph after another."""
 
     works_on: ClassVar[type[JointGraph] | type[ForwardGraph]] = ForwardGraph
-
-    min_steps: int
 
     def run(self, graph: ForwardGraph, permitted: Permission) -> Stats:
         """Looks at one recurrence after another."""
@@ -68,11 +63,29 @@ class LoopPass(Pass[ForwardGraph]):
         self.visit(graph, may)
         return stats
 
+    @abstractmethod
+    def visit(self, graph: ForwardGraph, may: May) -> None:
+        """Rewrites every recurrence that may be."""
+
+
+class LoopPass(ForwardPass):
+    """A pass that rewrites loops.
+
+    The option `min_steps`, which every such pass has, leaves shorter recurrences alone.
+
+    Attributes:
+        takes_stacks: whether it rewrites loops, too, whose steps have weights of their own.
+    """
+
+    takes_stacks: ClassVar[bool] = False
+
+    min_steps: int
+
     def visit(self, graph: ForwardGraph, may: May) -> None:
         """Rewrites every loop that may be."""
         for found in find_loops(graph):
             loop = refreshed(found)  # an earlier one may have been rewritten
-            if loop.is_running_sum() or not loop.tied:
+            if loop.is_running_sum() or not (loop.tied or self.takes_stacks):
                 continue  # nothing to carry; blocks with weights of their own are no recurrence
             short = "fewer steps than min_steps" if loop.length < self.min_steps else None
             if may(loop.last, short or self.refuse_loop(graph, loop)):
@@ -100,7 +113,7 @@ class RecurrencePass(LoopPass):
     """A pass that sets arguments of recurrent layers, each called as one operator.
 
     Attributes:
-        rolls_loops: whether it calls loops as one operator too, with the same arguments.
+        rolls_loops: whether it calls loops as one operator too, and sets the same arguments there.
     """
 
     rolls_loops: ClassVar[bool] = False
@@ -134,13 +147,14 @@ class RecurrencePass(LoopPass):
         roll(graph, loop, step, rolled_loop, gate=gate, **self.settings())
 
     def sites(self, graph: ForwardGraph) -> Iterable[fx.Node]:
-        """Every recurrent layer."""
-        return graph.calls(*_KINDS, recurrent_network)
+        """Every recurrent layer, and the loops that are one operator already."""
+        own = _OWN if self.rolls_loops else _OWN[:1]
+        return graph.calls(*_KINDS, *own)
 
     def refuse(self, graph: ForwardGraph, site: fx.Node) -> str | None:
         """Refuses packed sequences, projections, dropout between layers, and what is set."""
         given = site.kwargs
-        if site.target is not recurrent_network:
+        if site.target not in _OWN:
             reason = _not_plain(site)
             if reason is not None:
                 return reason
@@ -156,21 +170,31 @@ class RecurrencePass(LoopPass):
 
     def rewrite(self, graph: ForwardGraph, site: fx.Node) -> None:
         """Calls the operator with the arguments of this pass."""
-        args, given = site.args, dict(site.kwargs)
-        kind = _KINDS.get(site.target)
+        target, args = site.target, site.args
+        kind = _KINDS.get(target)
         if kind is not None:
+            target = recurrent_network
             x, hx, weights, biases, layers, _, _, both, first = args
             args = (kind, x, hx, weights, biases, layers, both, first)
-        new = graph.insert_before(site, recurrent_network, *args, **{**given, **self.settings()})
+        assert callable(target)
+        new = graph.insert_before(site, target, *args, **{**site.kwargs, **self.settings()})
         graph.replace(site, new)
 
 
 def steps_of(site: fx.Node) -> int:
     """The steps of a recurrence; where their number changes, those of the first call."""
+    if is_loop(site):
+        steps: Any = site.args[3]
+        return int(steps)
     own = site.target is recurrent_network
     x, batch_first = (site.args[1], site.args[7]) if own else (site.args[0], site.args[8])
     assert isinstance(x, fx.Node)
     return hint(value(x).shape[1 if batch_first else 0])
+
+
+def is_loop(site: fx.Node) -> bool:
+    """Whether a recurrence is a loop that was written in Python."""
+    return site.target is rolled_loop
 
 
 def state_size(site: fx.Node) -> int:

@@ -5,7 +5,7 @@ computed once; a node of a cone is copied once a sweep, and only if something it
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -75,29 +75,44 @@ class Sweeps:
     def _batch(self) -> None:
         """Lets the blocks of a sweep that are alike run as one batch, where that is worth it."""
         batches = Batches(self.joint)
+        made: dict[int, set[fx.Node]] = defaultdict(set)
+        for (original, sweep), node in self.made.items():
+            if original not in self.level:
+                made[sweep].add(node)
         for sweep in range(self.last):
-            inside = {n for (o, s), n in self.made.items() if s == sweep and o not in self.level}
-            alike: dict[Hashable, list[tuple[Link, Part]]] = defaultdict(list)
-            for link in self.chain.links:
-                end = self.made.get((link.addend, sweep))
-                part = None if end is None or link.local else part_of(end, inside)
-                if part is not None and (link.node, sweep + 1) in self.made:
-                    alike[part.key].append((link, part))
             # Parts may hold one another, so none is replaced before all have run.
-            ran: list[tuple[Part, fx.Node]] = []
-            for group in alike.values():
-                if len(group) > 1 and self.worth(group[0][1]):
-                    parts = [part for _, part in group]
-                    results = batches.run(parts, anchor := group[-1][0].node)
-                    ran += [
-                        (part, self._in_layout_of(part.nodes[-1], result, anchor))
-                        for part, result in zip(parts, results or [], strict=bool(results))
-                    ]
-            for part, result in ran:
-                self.joint.replace_uses(part.nodes[-1], result, part.nodes[-1].users)
-            self.batched += len(ran)
+            groups = list(self._alike(sweep, made[sweep]))
+            ran = [pair for group in groups for pair in self._run_as_one(batches, group)]
+            for old, new in ran:
+                self.joint.replace_uses(old, new, old.users)
+                self.batched += 1
         if self.batched:
             put_in_order(self.joint)
+
+    def _alike(self, sweep: int, inside: set[fx.Node]) -> Iterator[list[tuple[Link, Part]]]:
+        """Links whose blocks compute the same in a sweep, and what they compute."""
+        groups: dict[Hashable, list[tuple[Link, Part]]] = defaultdict(list)
+        for link in self.chain.links:
+            end = self.made.get((link.addend, sweep))
+            part = None if end is None or link.local else part_of(end, inside)
+            if part is not None and (link.node, sweep + 1) in self.made:
+                groups[part.key].append((link, part))
+        for group in groups.values():
+            _, part = group[0]
+            if len(group) > 1 and part.can_be_batched() and self.worth(part):
+                yield group
+
+    def _run_as_one(
+        self, batches: Batches, group: list[tuple[Link, Part]]
+    ) -> list[tuple[fx.Node, fx.Node]]:
+        """Inserts the batch of a group; what each block computed so far, and computes there."""
+        anchor = group[-1][0].node
+        ends = [part.nodes[-1] for _, part in group]
+        results = batches.run([part for _, part in group], anchor)
+        return [
+            (end, self._in_layout_of(end, result, anchor))
+            for end, result in zip(ends, results, strict=True)
+        ]
 
     def _watched(self, link: Link, final: fx.Node) -> fx.Node:
         """The last iterate; that of the last sum but one under watch.

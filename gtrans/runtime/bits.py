@@ -99,14 +99,43 @@ def unpack_codes(
     return codes if dim is not None else codes[: prod(shape)].reshape(list(shape))
 
 
-def _pack(codes: torch.Tensor, width: int, dim: int) -> torch.Tensor:
+def split(x: torch.Tensor, width: int, dim: int) -> tuple[torch.Tensor, ...]:
+    """The parts of a tensor whose codes share bytes.
+
+    Args:
+        x: [*a, n, *b], n a multiple of 8.
+        width: bits of a code: 1, 2, 4 or 8.
+        dim: which dimension n is.
+
+    Returns:
+        8 / width tensors of [*a, n * width / 8, *b].
+    """
     count = 8 // width
-    sizes = [*codes.shape[:dim], count, codes.shape[dim] // count, *codes.shape[dim + 1 :]]
-    first, *others = codes.reshape(sizes).unbind(dim)
+    sizes = [*x.shape[:dim], count, x.shape[dim] // count, *x.shape[dim + 1 :]]
+    return x.reshape(sizes).unbind(dim)
+
+
+def join(planes: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+    """Bytes of the codes of the parts that `split` returned.
+
+    Where codes are computed part by part, a compiler need not write them to memory in between.
+
+    Args:
+        planes: 8 / width tensors of [*s], whole numbers below 2**width in any dtype.
+        width: bits of a code.
+
+    Returns:
+        [*s] of uint8.
+    """
+    first, *others = planes
     packed = first.to(torch.float32)
     for k, plane in enumerate(others, 1):
         packed = packed + plane.to(torch.float32) * 2.0 ** (k * width)
     return packed.to(torch.uint8)
+
+
+def _pack(codes: torch.Tensor, width: int, dim: int) -> torch.Tensor:
+    return join(split(codes, width, dim), width)
 
 
 def _unpack(packed: torch.Tensor, width: int, dim: int) -> torch.Tensor:

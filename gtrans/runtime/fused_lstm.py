@@ -91,8 +91,9 @@ def fused_lstm_backward(
         *tensors, dy.contiguous(), dh.contiguous(), dc.contiguous(), reverse, _LSTM,
         w_hh.shape[1], layers, b_ih is not None, True, both, [], first, workspace,
     )  # fmt: skip
-    made = dx, dw_ih, dw_hh, db, dh.view(h.shape), dc.view(c.shape)
-    return tuple(g.to(x.dtype) for g in made)  # type: ignore[return-value]  # of six
+    dh, dc = dh.view(h.shape), dc.view(c.shape)
+    dx, dw_ih, dw_hh, db, dh, dc = (g.to(x.dtype) for g in (dx, dw_ih, dw_hh, db, dh, dc))
+    return dx, dw_ih, dw_hh, db, dh, dc
 
 
 def _biases(

@@ -4,14 +4,15 @@ What `gtrans.runtime.recurrence` is for the cells that torch knows, for any step
 
     h[t], y[t] = f(h[t-1], x[t])          t = 1 .. T, with h and x lists of tensors
 
-The forward runs step by step. The backward runs all steps once more, side by side as one batch,
-and finds the cotangents of the states by a rule. K, the cheap part of a step's Jacobian, is the way
-from its carry to the next through operators that work element by element: the identity of a
-residual, the gate of a gated cell.
+The forward runs step by step, or finds all states by sweeps over all steps. The backward runs all
+steps once more, side by side as one batch, and finds the cotangents of the states by a rule. K, the
+cheap part of a step's Jacobian, is the way from its carry to the next through operators that work
+element by element: the identity of a residual, the gate of a gated cell.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -21,10 +22,20 @@ from torch import fx
 from torch.func import vjp, vmap
 
 from gtrans.runtime.noise import fixed_signs
-from gtrans.runtime.solve import send_nothing, solve_backward
+from gtrans.runtime.scan import Carry
+from gtrans.runtime.solve import CarryOf, send_nothing, solve_backward, solve_forward
 from gtrans.runtime.watch import watch_ratio
 
 LOOP_RULES = ("loop", "sweeps", "cut", "feedback", "linspace")
+_ALL = slice(None)
+_Key = torch._C.DispatchKey
+_BATCHING = (
+    _Key.FuncTorchDynamicLayerFrontMode,
+    _Key.FuncTorchDynamicLayerBackMode,
+    _Key.FuncTorchBatched,
+    _Key.FuncTorchVmapMode,
+    _Key.FuncTorchGradWrapper,
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,12 @@ class Step:
     @property
     def key(self) -> str:
         """What the step is known by inside of a compiled graph."""
-        text = f"{self.call.code} {self.gate.code} {self.carries} {self.shared}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return name_of(self.call.code, self.gate.code, self.carries, self.shared)
+
+
+def name_of(*parts: object) -> str:
+    """A short name, equal in every process, for things that differ in their text."""
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 _STEPS: dict[str, Step] = {}
@@ -61,6 +76,10 @@ def rolled_loop(
     gate: fx.GraphModule,
     rule: str = "loop",
     count: int = 0,
+    method: str = "gauss-seidel",
+    tolerance: float = 0.0,
+    max_sweeps: int = 0,
+    block: int = 1,
 ) -> tuple[torch.Tensor, ...]:
     """The results of all steps of a loop, those of the first step first.
 
@@ -71,13 +90,15 @@ def rolled_loop(
         steps: how many.
         gate: see `Step`.
         rule: of the backward, one of `LOOP_RULES`; so is count, as of `cotangents`.
+        method: of the forward, as of `Recurrence.solve`; so are tolerance, max_sweeps and block.
     """
     shared = tuple(isinstance(i, torch.Tensor) for i in inputs)
     step = Step(call, gate, len(starts), shared)
     key = step.key
     _STEPS.setdefault(key, step)
     flat = [t for i in inputs for t in ((i,) if isinstance(i, torch.Tensor) else i)]
-    found = loop([*starts, *flat], key, steps, rule, count)
+    forward = (method, tolerance, max_sweeps, block)
+    found = loop([*starts, *flat], key, steps, rule, count, *forward)
     return tuple(
         part for parts in zip(*(f.unbind(0) for f in found), strict=True) for part in parts
     )
@@ -101,6 +122,15 @@ def side_by_side(
     dims = (0,) * carries + tuple(None if one else 0 for one in shared)
     found: Callable[..., Any] = vmap(lambda *a: tuple(step(*a)), in_dims=dims)
     return found
+
+
+@contextmanager
+def _batching() -> Iterator[None]:
+    """Lets `vmap` and `vjp` work in the forward of a compiled function, where torch bars them."""
+    with ExitStack() as stack:
+        for key in _BATCHING:
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        yield
 
 
 class _Run:
@@ -141,6 +171,12 @@ class _Run:
         start = self.pack([s[None] for s in self.starts])
         return torch.cat([start, states[:-1]])
 
+    def at(self, states: torch.Tensor, part: slice) -> tuple[list[torch.Tensor], ...]:
+        """What the steps of a slice read: their carries and their inputs."""
+        pairs = zip(self.inputs, self.step.shared, strict=True)
+        inputs = [given if one else given[part] for given, one in pairs]
+        return self.unpack(self.before(states)[part]), inputs
+
     def pulled(self, states: torch.Tensor) -> Callable[..., list[torch.Tensor | None]]:
         """From cotangents of all results to those of carries and inputs, at the given states.
 
@@ -166,10 +202,10 @@ class _Run:
 
         return pulled
 
-    def gates(self, states: torch.Tensor) -> torch.Tensor:
-        """K of the steps, [T, N]: the gradients of ones."""
-        carries = self.unpack(self.before(states))
-        run, inputs = self.several(gate=True), self.inputs
+    def gates(self, states: torch.Tensor, part: slice = _ALL) -> torch.Tensor:
+        """K of the steps of a slice, [n, N]: the gradients of ones."""
+        carries, inputs = self.at(states, part)
+        run = self.several(gate=True)
         rows = []
         for i in range(self.step.carries):
 
@@ -187,6 +223,50 @@ class _Run:
             rows.append(self.single(t, state))
             state = rows[-1][: self.step.carries]
         return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+    def swept(
+        self, method: str, tolerance: float, max_sweeps: int, block: int
+    ) -> list[torch.Tensor]:
+        """The results of all steps, [T, *s] each, by sweeps over all of them."""
+        run, count = self.several(), self.step.carries
+
+        def evaluate(states: torch.Tensor, part: slice) -> torch.Tensor:
+            carries, inputs = self.at(states, part)
+            return self.pack(run(*carries, *inputs)[:count])
+
+        found = solve_forward(
+            evaluate,
+            self.pack([s[None] for s in self.starts]).expand(self.steps, -1),
+            carry=self._carry(method),
+            tolerance=tolerance,
+            max_sweeps=max_sweeps or None,
+            window=block if method == "gs-jacobi" else None,
+            block=block if method == "jacobi-gs" else 1,
+        )
+        carries, inputs = self.at(found.states, _ALL)
+        results = [*self.unpack(found.states), *run(*carries, *inputs)[count:]]
+        return [r.clone(memory_format=torch.contiguous_format) for r in results]
+
+    def _carry(self, method: str) -> Carry | CarryOf:
+        """What a sweep carries on from step to step."""
+        derived: dict[str, CarryOf] = {
+            "gate": self.gates,
+            "newton": self._jacobians,
+            "quasi-newton": lambda h, part: self._jacobians(h, part).diagonal(dim1=1, dim2=2),
+        }
+        return derived.get(method, 1.0 if method == "picard" else 0.0)
+
+    def _jacobians(self, states: torch.Tensor, part: slice) -> torch.Tensor:
+        """The Jacobians of the steps of a slice, [n, N, N]."""
+        carries, inputs = self.at(states, part)
+        run, count = self.several(), self.step.carries
+        pull = vjp(lambda *a: run(*a, *inputs)[:count], *carries)[1]
+
+        def row(one: torch.Tensor) -> torch.Tensor:
+            return self.pack(pull(tuple(self.unpack(one.expand(len(carries[0]), -1)))))
+
+        size = sum(s.numel() for s in self.shapes)
+        return vmap(row, out_dims=1)(torch.eye(size, dtype=states.dtype, device=states.device))
 
     def gradients(
         self, states: torch.Tensor, drives: list[torch.Tensor], rule: str, count: int
@@ -277,9 +357,17 @@ def loop(
     steps: int,
     rule: str,
     count: int,
+    method: str,
+    tolerance: float,
+    max_sweeps: int,
+    block: int,
 ) -> list[torch.Tensor]:
     """The results of a loop, [T, *s] each: the states, then what else the steps return."""
-    return _Run(tensors, key, steps).sequential()
+    run = _Run(tensors, key, steps)
+    if method == "gauss-seidel":
+        return run.sequential()
+    with _batching():
+        return run.swept(method, tolerance, max_sweeps, block)
 
 
 @torch.library.custom_op("gtrans::loop_backward", mutates_args=())
@@ -324,7 +412,7 @@ def _(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
-    tensors, key, steps, rule, count = inputs
+    tensors, key, steps, rule, count, *_ = inputs
     carries = _STEPS[key].carries
     ctx.save_for_backward(*output[:carries], *tensors)
     ctx.carries, ctx.options = carries, (key, steps, rule, count)
@@ -340,7 +428,7 @@ def _backward(ctx: Any, given: list[torch.Tensor | None]) -> tuple[Any, ...]:
     ]
     found = loop_backward(drives, states, tensors, *ctx.options)
     gradients = [g if t.is_floating_point() else None for g, t in zip(found, tensors, strict=True)]
-    return gradients, *[None] * 4
+    return gradients, *[None] * 8
 
 
 loop.register_autograd(_backward, setup_context=_remember)

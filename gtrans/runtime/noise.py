@@ -73,13 +73,38 @@ def uniform(seed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     Returns:
         [*shape] of float32, multiples of 2**-24.
     """
-    count = prod(shape)
-    wide = isinstance(count, int) and count >= _LARGEST
-    index = torch.arange(count, device=seed.device, dtype=torch.int64 if wide else torch.int32)
-    words = index.to(torch.int32).reshape(list(shape)) * _SPREAD
-    words = mix(words ^ seed[0], seed[1])
-    numbers: torch.Tensor = words & (2**_RESOLUTION - 1)
+    numbers: torch.Tensor = _words(seed, shape) & (2**_RESOLUTION - 1)
     return numbers.to(torch.float32) * 2.0**-_RESOLUTION
+
+
+def uniforms(seed: torch.Tensor, shape: Sequence[int], count: int) -> list[torch.Tensor]:
+    """Independent numbers for several tensors of one shape, two from each word.
+
+    Args:
+        seed: as for `uniform`.
+        shape: of each result.
+        count: how many; one, or an even number.
+
+    Returns:
+        [*shape] of float32 each, odd multiples of 2**-17: their mean is one half, so that what is
+        rounded with them is off by less than that.
+    """
+    if count == 1:
+        return [uniform(seed, shape)]
+    pairs = (_words(seed, shape, k) for k in range(count // 2))
+    halves = (h for words in pairs for h in (words & (2**16 - 1), _right(words, 16)))
+    return [h.to(torch.float32) * 2.0**-16 + 2.0**-17 for h in halves]
+
+
+def _words(seed: torch.Tensor, shape: Sequence[int], number: int = 0) -> torch.Tensor:
+    """Random words, [*shape]; those of different numbers are independent."""
+    count = prod(shape)
+    start, stop = number * count, (number + 1) * count
+    wide = isinstance(stop, int) and stop >= _LARGEST
+    dtype = torch.int64 if wide else torch.int32
+    index = torch.arange(start, stop, device=seed.device, dtype=dtype)
+    words = index.to(torch.int32).reshape(list(shape)) * _SPREAD
+    return mix(words ^ seed[0], seed[1])
 
 
 def mix(words: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

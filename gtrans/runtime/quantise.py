@@ -23,8 +23,8 @@ from math import prod
 import torch
 from torch.nn.functional import avg_pool2d
 
-from gtrans.runtime.bits import pack_codes, unpack_codes
-from gtrans.runtime.noise import uniform
+from gtrans.runtime.bits import join, split, unpack_codes
+from gtrans.runtime.noise import uniforms
 
 _WIDEN = 1 + 2.0**-20
 _TINIEST = 2.0**-100
@@ -110,13 +110,13 @@ def encode(
         The packed codes.
     """
     low, span, *averages = parts
-    groups = _groups(grid, x.to(_wide(x.dtype)), averages)
-    position = (groups - low) / (span / max(1, grid.largest))
-    offset = _noise(seed, groups.shape) if grid.stochastic else 0.5
-    codes = (position + offset).floor().clamp(0, grid.largest)
-    if grid.zeros:
-        codes = torch.where(groups > 0, codes + 1, 0.0)
-    return pack_codes(codes, grid.bits, 1)
+    planes = split(_groups(grid, x.to(_wide(x.dtype)), averages), grid.bits, 1)
+    per_step = max(1, grid.largest) / span
+    codes = []
+    for plane, offset in zip(planes, _offsets(grid, seed, planes), strict=True):
+        code = ((plane - low) * per_step + offset).floor().clamp(0, grid.largest)
+        codes.append(torch.where(plane > 0, code + 1, 0.0) if grid.zeros else code)
+    return (join(codes, grid.bits),)
 
 
 def decode(
@@ -150,7 +150,10 @@ def decode(
 
 
 def group_size(shape: Sequence[object], wanted: int) -> int | None:
-    """The largest multiple of 8 up to the wanted size that divides the known inner dimensions.
+    """A multiple of 8 up to the wanted size that divides the known inner dimensions.
+
+    Rows are parts of groups or groups parts of rows, unless that halves the size or more: what is
+    read once a row, as the mean of a norm, cannot be read in vectors by groups across rows.
 
     Args:
         shape: sizes from the outermost to the innermost in memory; symbols are not known.
@@ -163,7 +166,11 @@ def group_size(shape: Sequence[object], wanted: int) -> int | None:
         known.append(size)
     inner = prod(known)
     fitting = [n for n in range(8, wanted + 1, 8) if inner % n == 0]
-    return max(fitting, default=None)
+    aligned = [n for n in fitting if known[0] % n == 0 or n % known[0] == 0]
+    largest = max(fitting, default=None)
+    if aligned and 2 * aligned[-1] > (largest or 0):
+        return aligned[-1]
+    return largest
 
 
 def memory_order(x: torch.Tensor) -> tuple[int, ...] | None:
@@ -191,9 +198,14 @@ def _smooth(grid: Grid, averages: Sequence[torch.Tensor], dtype: torch.dtype) ->
     return _spread(grid, whole.to(dtype) * unit)
 
 
-def _noise(seed: torch.Tensor | None, shape: Sequence[int]) -> torch.Tensor:
+def _offsets(
+    grid: Grid, seed: torch.Tensor | None, planes: Sequence[torch.Tensor]
+) -> Sequence[float | torch.Tensor]:
+    """What is added to each part of the groups before it is rounded down."""
+    if not grid.stochastic:
+        return [0.5] * len(planes)
     assert seed is not None
-    return uniform(seed, shape)
+    return uniforms(seed, planes[0].shape, len(planes))
 
 
 def _smallest_positive(groups: torch.Tensor) -> torch.Tensor:

@@ -19,17 +19,16 @@ arXiv:1806.07366 (backsolve), here with the solver's own steps, so that its erro
 inversion and not one more of the solver.
 """
 
-import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import fx
 
-from gtrans.runtime.loop import slots_of
+from gtrans.runtime.loop import name_of, slots_of
 from gtrans.runtime.noise import noise_seeds, salt_of
 from gtrans.runtime.watch import watch_drift
 
@@ -75,10 +74,8 @@ class StepwiseLoop:
     @property
     def key(self) -> str:
         """What the loop is known by inside of a compiled graph."""
-        rest = [str(getattr(self, name)) for name in self.__dataclass_fields__ if name != "call"]
-        rest[0] = self.pull.code
-        text = " ".join([self.call.code, *rest])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        _, _, *rest = (getattr(self, f.name) for f in fields(self))
+        return name_of(self.call.code, self.pull.code, *rest)
 
 
 _LOOPS: dict[str, StepwiseLoop] = {}

@@ -56,6 +56,8 @@ _ROUNDED = Close(rtol=0.1)
 _NO_GROUPS = "its inner sizes do not divide into groups of a multiple of 8"
 # The averages of smaller blocks take more than half a bit an element, which codes use better.
 _SMALLEST_SIDE = 6
+# The heads of an attention have four dimensions as well, but no neighbours.
+_SPATIAL = ("convolution", "batch_norm", "pool2d", "upsample")
 _CODED = (Role.LINEAR, Role.NORM, Role.SOFTMAX)
 
 
@@ -202,7 +204,7 @@ class Compress(PayingPass):
         if group is None:
             return None
         zeros = any(u.role is Role.SIGN for u in uses_of(graph, value))
-        block = 0 if zeros else self._side(val)
+        block = self._side(val) if not zeros and _is_map(value) else 0
         stochastic = self.rounding == "stochastic"
         return Grid(self._bits(graph, value), group, order, zeros, block, stochastic)
 
@@ -226,6 +228,12 @@ class Compress(PayingPass):
             f"{coded.grid.bits} bits for a {kind}; predicted relative error {error:.3f} "
             f"if it is N(0, 1) in groups of {coded.grid.group}"
         )
+
+
+def _is_map(node: fx.Node) -> bool:
+    """Whether a value lies in space, where neighbours are alike, by what makes and reads it."""
+    near = [*(node.all_input_nodes if ops.is_getitem(node) else [node]), *node.users]
+    return any(word in target_name(n) for n in near for word in _SPATIAL)
 
 
 def _is_value(graph: JointGraph, node: fx.Node) -> bool:

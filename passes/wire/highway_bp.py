@@ -37,7 +37,7 @@ from gtrans.analysis.cost import device_of, node_seconds
 from gtrans.contract import Contract, Iterative
 from gtrans.core import HELD_BACK, Knob, Pass, Permission, Stats, require
 from gtrans.ir.joint import JointGraph
-from gtrans.rewrite.batched import Part, products
+from gtrans.rewrite.batched import Part
 from gtrans.rewrite.sweeps import Sweeps
 
 # As many starts of a kernel as a product that keeps a device busy takes.
@@ -117,7 +117,7 @@ class HighwayBP(Pass[JointGraph]):
             return lambda part: self.batch == "always"
         device = device_of(graph)
         limit = _FILLS * device.launch_s
-        return lambda part: all(node_seconds(n, device) < limit for n in products(part))
+        return lambda part: all(node_seconds(n, device) < limit for n in part.products)
 
     def refuse(self, chain: Chain) -> str | None:
         """Why a chain stays as it is, or None."""

@@ -27,7 +27,7 @@ from gtrans.analysis.recurrence_speed import backward_seconds
 from gtrans.contract import Contract, Iterative
 from gtrans.core import Knob, require
 from gtrans.ir.forward import ForwardGraph
-from gtrans.rewrite.recurrences import RecurrencePass, runs_fused, size_of
+from gtrans.rewrite.recurrences import RecurrencePass, is_loop, runs_fused, size_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class HighwayRecurrence(RecurrencePass):
     def refuse(self, graph: ForwardGraph, site: fx.Node) -> str | None:
         """Refuses layers too whose exact backward is faster."""
         reason = super().refuse(graph, site)
-        if reason is not None or not self.only_where_faster:
+        if reason is not None or not self.only_where_faster or is_loop(site):
             return reason
         own = "fused" if runs_fused(site) else "autograd"
         rules = (own, 0), ("loop", 0), ("sweeps", self.iterations)

@@ -22,18 +22,18 @@ Source: Meng et al., ICCV 2023, arXiv:2302.14311 (SLTT, SLTT-K). There each step
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from gtrans.analysis.loops import Loop, refreshed
+from gtrans.analysis.loops import refreshed
 from gtrans.analysis.stages import Stage, find_stages
 from gtrans.contract import Contract, Local
 from gtrans.core import Knob, require
 from gtrans.ir.forward import ForwardGraph
-from gtrans.rewrite.recurrences import LoopPass, May, detach_carry
+from gtrans.rewrite.recurrences import ForwardPass, May, detach_carry
 from gtrans.rewrite.rolled import cannot_roll
 from gtrans.rewrite.stepwise import TracedStep, roll_stepwise, traced_step
 
 
 @dataclass(frozen=True)
-class Sltt(LoopPass):
+class Sltt(ForwardPass):
     """Cut the gradient of spiking networks in time, and compute it one step at a time.
 
     Args:
@@ -76,11 +76,6 @@ class Sltt(LoopPass):
                         ahead=stage.ahead,
                     )  # fmt: skip
 
-    def refuse_loop(self, graph: ForwardGraph, loop: Loop) -> str | None:
-        """Why the loop of a stage cannot be called as one operator, or None."""
-        reason = cannot_roll(graph, loop) if self.stepwise else None
-        return reason and f"{reason}; stepwise=false cuts its gradient all the same"
-
     def _reason(self, graph: ForwardGraph, stage: Stage, step: TracedStep | str) -> str | None:
         if stage.length < self.min_steps:
             return "fewer steps than min_steps"
@@ -90,11 +85,8 @@ class Sltt(LoopPass):
             return "it compares nothing, so nothing in it spikes: cut-carry truncates any loop"
         if stage.length <= self.every and not self.stepwise:
             return "no more steps than every"
-        return self.refuse_loop(graph, stage.whole)
-
-    def rewrite_loop(self, graph: ForwardGraph, loop: Loop) -> None:
-        """Not called: stages are rewritten, see `visit`."""
-        raise NotImplementedError
+        reason = cannot_roll(graph, stage.whole) if self.stepwise else None
+        return reason and f"{reason}; stepwise=false cuts its gradient all the same"
 
     def _cut(self, graph: ForwardGraph, stage: Stage) -> None:
         """Detaches what is handed over between parts; within the operator its rule does."""

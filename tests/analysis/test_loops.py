@@ -5,27 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import nn
 
 from gtrans.analysis.loops import Loop, find_loops
-from gtrans.ir.forward import ForwardGraph
-
-
-def captured(function: Callable[..., Any], *args: Any) -> ForwardGraph:
-    """The graph that Dynamo makes of a function."""
-    graphs: list[fx.GraphModule] = []
-
-    def keep(module: fx.GraphModule, inputs: Any) -> fx.GraphModule:
-        graphs.append(module)
-        return module
-
-    torch.compiler.reset()
-    torch.compile(function, backend=keep, fullgraph=True)(*args)
-    return ForwardGraph(graphs[0])
+from tests.ir.graphs import forward_of
 
 
 def loops_of(function: Callable[..., Any], *args: Any) -> list[Loop]:
-    return find_loops(captured(function, *args))
+    return find_loops(forward_of(function, *args))
 
 
 @pytest.mark.parametrize("steps", [3, 4, 7])

@@ -4,22 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from gtrans.analysis.stages import Stage, find_stages
-from gtrans.ir.forward import ForwardGraph
+from tests.ir.graphs import forward_of
 
 
 def stages_of(function: Callable[..., Any], *args: Any) -> list[Stage]:
-    graphs: list[fx.GraphModule] = []
-
-    def keep(module: fx.GraphModule, inputs: Any) -> fx.GraphModule:
-        graphs.append(module)
-        return module
-
-    torch.compiler.reset()
-    torch.compile(function, backend=keep, fullgraph=True)(*args)
-    return find_stages(ForwardGraph(graphs[0]))
+    return find_stages(forward_of(function, *args))
 
 
 first, second, head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)

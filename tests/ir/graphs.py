@@ -1,11 +1,13 @@
 """Small joint graphs for tests, captured from real modules."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 import gtrans.testing as kit
+from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.joint import JointGraph
 from gtrans.pipeline import Pipeline
 
@@ -27,6 +29,19 @@ class Written(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.last(self.function(self.first(x)))
         return y
+
+
+def forward_of(function: Callable[..., Any], *args: Any) -> ForwardGraph:
+    """The graph that Dynamo makes of a function."""
+    graphs: list[fx.GraphModule] = []
+
+    def keep(module: fx.GraphModule, inputs: Any) -> fx.GraphModule:
+        graphs.append(module)
+        return module
+
+    torch.compiler.reset()
+    torch.compile(function, backend=keep, fullgraph=True)(*args)
+    return ForwardGraph(graphs[0])
 
 
 def joint_of(model: nn.Module, *inputs: torch.Tensor) -> JointGraph:

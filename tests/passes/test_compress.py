@@ -15,6 +15,7 @@ from gtrans.contract import Aligned, Close, Unbiased
 from gtrans.core import Stats
 from gtrans.errors import OptionError
 from gtrans.explanation import Explanation
+from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
 from gtrans.passes.residual.compress import Compress
 from gtrans.pipeline import SAVED_ANYWAY, Gate, Pipeline
@@ -204,6 +205,37 @@ def test_activations_in_place_have_codes() -> None:
         gtrans.explain(InPlace(), torch.randn(2, 3, 12, 12), passes="compress{min_numel=1},plan")
     )
     assert sum("for an activation" in n for n in stats.notes) >= 1
+
+
+def _forward_of(name: str) -> list[fx.Node]:
+    """The forward nodes of a case that was compressed."""
+    model, x, _ = CASES[name]
+    (captured,) = explained(model, x, ",bits=4,block=8").captured
+    assert captured.rewritten is not None
+    return [n for n in captured.rewritten.nodes if captured.rewritten.is_forward(n)]
+
+
+def test_averages_are_kept_of_maps_and_not_of_the_heads_of_an_attention() -> None:
+    def has_averages(name: str) -> bool:
+        values = (n.meta.get("val") for n in _forward_of(name))
+        return any(isinstance(v, torch.Tensor) and v.dtype is torch.int16 for v in values)
+
+    assert has_averages("images")
+    assert not has_averages("attention")
+    assert not has_averages("fused")
+
+
+def test_values_are_coded_behind_the_product_that_reads_them() -> None:
+    order = {n: i for i, n in enumerate(_forward_of("gelu"))}
+    (value,) = (n for n in order if n.target is torch.ops.aten.gelu.default)
+    readers, pending = list[fx.Node](), [value]
+    while pending:
+        users = [u for u in pending.pop().users if u in order]
+        readers += users
+        pending += [u for u in users if ops.is_view(u)]
+    (ranges,) = (order[n] for n in readers if n.target is torch.ops.aten.amin.default)
+    (product,) = (order[n] for n in readers if n.target is torch.ops.aten.addmm.default)
+    assert ranges > product
 
 
 # ------------------------------------------------------------------------------ unbiasedness

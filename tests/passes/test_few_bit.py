@@ -193,12 +193,11 @@ class _Drawn(fx.Interpreter):
     number = 0.0
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if (
-            target is torch.ops.aten.mul.Tensor
-            and isinstance(args[1], float)
-            and args[1] == 2.0**-24
-        ):
-            return torch.full_like(args[0], self.number)
+        # Numbers of 24 bits, or of 16 to which half of the last one is added.
+        added = {2.0**-24: 0.0, 2.0**-16: 2.0**-17}
+        factor = args[1] if target is torch.ops.aten.mul.Tensor else None
+        if isinstance(factor, float) and factor in added:
+            return torch.full_like(args[0], self.number - added[factor])
         return super().call_function(target, args, kwargs)
 
 

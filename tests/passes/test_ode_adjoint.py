@@ -14,8 +14,7 @@ from gtrans.errors import OptionError
 from gtrans.passes.wire.ode_adjoint import OdeAdjoint
 from gtrans.pipeline import Pipeline
 from gtrans.runtime.watch import forget
-
-Gradients = dict[str, torch.Tensor]
+from tests.passes.stepping import Gradients, step_of, step_of_rewritten
 
 
 class Solved(nn.Module):
@@ -60,22 +59,6 @@ class Solved(nn.Module):
         return torch.stack(states) if self.path else y
 
 
-def _step(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
-    x = x.clone().requires_grad_()
-    out = model(x)
-    out.sin().sum().backward()
-    assert x.grad is not None
-    return out.detach(), {
-        "x": x.grad, **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    }  # fmt: skip
-
-
-def _rewritten(model: nn.Module, x: torch.Tensor, passes: str) -> tuple[torch.Tensor, Gradients]:
-    torch.compiler.reset()
-    twin = copy.deepcopy(model)
-    return _step(gtrans.optimize(twin, passes=passes, backend="eager", on_error="raise"), x)
-
-
 def _error(found: Gradients, expected: Gradients) -> float:
     return max(float((found[n] - g).norm() / g.norm()) for n, g in expected.items())
 
@@ -92,9 +75,9 @@ def test_checkpoints_are_exact_and_an_inversion_that_has_settled_is(
     torch.manual_seed(0)
     model = Solved(kind, steps, path=path).double()
     x = torch.randn(2, 3, dtype=torch.float64)
-    expected, gradients = _step(copy.deepcopy(model), x)
+    expected, gradients = step_of(copy.deepcopy(model), x)
     for passes in ("ode-adjoint", "ode-adjoint{method=backsolve,iterations=60}"):
-        out, found = _rewritten(model, x, passes)
+        out, found = step_of_rewritten(model, x, passes)
         assert torch.equal(out, expected)
         assert _error(found, gradients) < 1e-10
 
@@ -102,13 +85,13 @@ def test_checkpoints_are_exact_and_an_inversion_that_has_settled_is(
 def test_the_error_of_backsolve_falls_with_its_iterations_and_with_the_step() -> None:
     torch.manual_seed(0)
     model, x = Solved("heun", 8).double(), torch.randn(2, 3, dtype=torch.float64)
-    _, exact = _step(copy.deepcopy(model), x)
+    _, exact = step_of(copy.deepcopy(model), x)
     passes = "ode-adjoint{{method=backsolve,iterations={}}}".format
-    errors = [_error(_rewritten(model, x, passes(k))[1], exact) for k in (1, 2, 4)]
+    errors = [_error(step_of_rewritten(model, x, passes(k))[1], exact) for k in (1, 2, 4)]
     assert errors[0] > 4 * errors[1] > 16 * errors[2]
     model.steps = 16
-    _, exact = _step(copy.deepcopy(model), x)
-    assert _error(_rewritten(model, x, passes(1))[1], exact) < 0.7 * errors[0]
+    _, exact = step_of(copy.deepcopy(model), x)
+    assert _error(step_of_rewritten(model, x, passes(1))[1], exact) < 0.7 * errors[0]
 
 
 def test_what_is_kept() -> None:
@@ -132,7 +115,7 @@ def test_a_way_back_that_misses_the_start_is_said(caplog: pytest.LogCaptureFixtu
     forget()
     with caplog.at_level(logging.WARNING, "gtrans"):
         model = Solved("euler", 5, scale=20.0)
-        _rewritten(model, torch.randn(2, 3), "ode-adjoint{method=backsolve,iterations=1}")
+        step_of_rewritten(model, torch.randn(2, 3), "ode-adjoint{method=backsolve,iterations=1}")
     assert "taken backwards, misses its first state by" in caplog.text
 
 

@@ -14,8 +14,7 @@ import gtrans
 from gtrans.errors import OptionError
 from gtrans.explanation import Explanation
 from gtrans.pipeline import Pipeline
-
-Gradients = dict[str, torch.Tensor]
+from tests.passes.stepping import step_of, step_of_rewritten
 
 
 class _Surrogate(torch.autograd.Function):
@@ -93,22 +92,6 @@ class Network(nn.Module):
         )
 
 
-def _step(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
-    x = x.clone().requires_grad_()
-    out = model(x)
-    weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)
-    (out.sin() * weights).sum().backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert x.grad is not None
-    return out.detach(), {**found, "x": x.grad}
-
-
-def _rewritten(model: nn.Module, x: torch.Tensor, passes: str) -> tuple[torch.Tensor, Gradients]:
-    torch.compiler.reset()
-    twin = copy.deepcopy(model)
-    return _step(gtrans.optimize(twin, passes=passes, backend="eager", on_error="raise"), x)
-
-
 def _explained(model: nn.Module, x: torch.Tensor, passes: str) -> Explanation:
     torch.compiler.reset()
     return gtrans.explain(model, x, passes=passes)
@@ -134,8 +117,8 @@ def test_it_is_detaching_by_hand_and_exact_at_all_steps(
     model = copy.deepcopy(by_hand)
     model.every = 0
     x = torch.rand(2, 1, 4, 4, dtype=torch.float64)
-    expected, gradients = _step(by_hand, x)
-    out, found = _rewritten(model, x, f"sltt{{every={every}}}")
+    expected, gradients = step_of(by_hand, x)
+    out, found = step_of_rewritten(model, x, f"sltt{{every={every}}}")
     assert torch.equal(out, expected)
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
@@ -145,14 +128,14 @@ def test_some_of_the_steps_give_the_gradient_of_all_in_the_mean() -> None:
     torch.manual_seed(0)
     model, x = Network(_function).double(), torch.rand(2, 1, 4, 4, dtype=torch.float64)
     twin = copy.deepcopy(model)
-    _, expected = _rewritten(model, x, "sltt")
+    _, expected = step_of_rewritten(model, x, "sltt")
     torch.compiler.reset()
     gtrans.optimize(twin, passes="sltt{steps=3}", backend="eager", on_error="raise")
     draws = []
     for seed in range(40):
         torch.manual_seed(seed)
         twin.zero_grad(set_to_none=True)
-        draws.append({n: g.clone() for n, g in _step(twin, x)[1].items()})
+        draws.append({n: g.clone() for n, g in step_of(twin, x)[1].items()})
     assert len({float(d["last.weight"].sum()) for d in draws}) > 5
     for name in ("first.weight", "last.weight"):
         mean, spread = (

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gtrans
-
-Gradients = dict[str, torch.Tensor]
+from tests.passes.stepping import Gradients, step_of, step_of_rewritten
 
 
 class Loop(nn.Module):
@@ -90,23 +89,6 @@ _KINDS: dict[str, Callable[[Loop, torch.Tensor, State], State]] = {
 POINTWISE = ("spiking", "linear", "minimal-gru", "independent", "rotation")
 
 
-def _step(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
-    """Outputs and gradients, those of the input included."""
-    x = x.clone().requires_grad_()
-    out = model(x)
-    weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)
-    (out.sin() * weights).sum().backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert x.grad is not None
-    return out.detach(), {**found, "x": x.grad}
-
-
-def _rewritten(model: nn.Module, x: torch.Tensor, passes: str) -> tuple[torch.Tensor, Gradients]:
-    torch.compiler.reset()
-    twin = copy.deepcopy(model)
-    return _step(gtrans.optimize(twin, passes=passes, backend="eager"), x)
-
-
 def _agree(found: Gradients, expected: Gradients) -> None:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -132,8 +114,8 @@ def test_cutting_a_loop_is_detaching_its_state(
     model = copy.deepcopy(by_hand)
     model.every = 0
     x = torch.randn(steps, 2, 3, dtype=torch.float64)
-    expected, gradients = _step(by_hand, x)
-    out, found = _rewritten(model, x, f"cut-carry{{every={every}}}")
+    expected, gradients = step_of(by_hand, x)
+    out, found = step_of_rewritten(model, x, f"cut-carry{{every={every}}}")
     assert torch.equal(out, expected)
     _agree(found, gradients)
 
@@ -154,8 +136,8 @@ def test_scanning_a_loop_is_exact(
     model = Loop(kind, width, taps=taps).double()
     model.first.requires_grad_(not frozen)
     x = torch.randn(steps, batch, 3, dtype=torch.float64)
-    expected, gradients = _step(copy.deepcopy(model), x)
-    out, found = _rewritten(model, x, "hoist-recurrence{method=scan}")
+    expected, gradients = step_of(copy.deepcopy(model), x)
+    out, found = step_of_rewritten(model, x, "hoist-recurrence{method=scan}")
     assert torch.equal(out, expected)
     _agree(found, gradients)
 
@@ -166,22 +148,113 @@ def test_sweeps_over_a_loop_are_exact_at_its_length(kind: str, steps: int, taps:
     torch.manual_seed(0)
     model = Loop(kind, 3, taps=taps).double()
     x = torch.randn(steps, 2, 3, dtype=torch.float64)
-    expected, gradients = _step(copy.deepcopy(model), x)
-    out, found = _rewritten(model, x, "highway-recurrence{iterations=9,min_steps=2}")
+    expected, gradients = step_of(copy.deepcopy(model), x)
+    out, found = step_of_rewritten(model, x, "highway-recurrence{iterations=9,min_steps=2}")
     assert torch.equal(out, expected)
     _agree(found, gradients)
+
+
+@settings(max_examples=8)
+@example(kind="lstm", steps=4, taps=False, how="method=newton", then="")
+@example(kind="gru", steps=5, taps=True, how="method=jacobi-gs,block=2", then="highway")
+@given(
+    kind=st.sampled_from(sorted(_KINDS)),
+    steps=st.integers(4, 6),
+    taps=st.booleans(),
+    how=st.sampled_from(
+        ["method=gate", "method=newton", "method=quasi-newton", "method=picard", "method=jacobi",
+         "method=jacobi-gs,block=2", "method=gs-jacobi,block=2", "max_sweeps=1"]
+    ),
+    then=st.sampled_from(["", "highway"]),
+)  # fmt: skip
+def test_states_found_by_sweeps_are_those_of_the_loop(
+    kind: str, steps: int, taps: bool, how: str, then: str
+) -> None:
+    torch.manual_seed(0)
+    model = Loop(kind, 3, taps=taps).double()
+    x = torch.randn(steps, 2, 3, dtype=torch.float64)
+    expected, gradients = step_of(copy.deepcopy(model), x)
+    passes = f"parallel-feedforward{{min_steps=2,tolerance=0.0,{how}}}"
+    if then:
+        passes += ",highway-recurrence{iterations=9,min_steps=2}"
+    out, found = step_of_rewritten(model, x, passes)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    _agree(found, gradients)
+
+
+class Stack(nn.Module):
+    """Blocks one after another, each with weights of its own.
+
+    Args:
+        kind: "pre-norm" (a residual stream), "post-norm", or "plain" (no way past a block).
+        depth: how many blocks.
+    """
+
+    def __init__(self, kind: str, depth: int = 6) -> None:
+        super().__init__()
+        self.kind = kind
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4)) for _ in range(depth)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block, norm in zip(self.blocks, self.norms, strict=True):
+            if self.kind == "pre-norm":
+                x = x + block(norm(x))
+            else:
+                x = norm(x + block(x)) if self.kind == "post-norm" else norm(block(x))
+        return x
+
+
+@settings(max_examples=6)
+@example(kind="pre-norm", how="method=picard")
+@given(
+    kind=st.sampled_from(["pre-norm", "post-norm", "plain"]),
+    how=st.sampled_from(
+        ["method=gate", "method=picard", "method=jacobi", "method=gs-jacobi,block=2"]
+    ),
+)
+def test_a_stack_of_blocks_with_weights_of_their_own_is_solved(kind: str, how: str) -> None:
+    torch.manual_seed(0)
+    model, x = Stack(kind).double(), torch.randn(3, 4, dtype=torch.float64)
+    passes = f"parallel-feedforward{{min_steps=2,tolerance=0.0,{how}}}"
+    expected, gradients = step_of(copy.deepcopy(model), x)
+    out, found = step_of_rewritten(model, x, passes)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    _agree(found, gradients)
+    assert "matched 1, rewrote 1" in _report(model, x, passes)
+
+
+def test_blocks_with_weights_of_their_own_are_no_recurrence() -> None:
+    torch.manual_seed(0)
+    found = _report(Stack("pre-norm"), torch.randn(3, 4), "highway-recurrence{min_steps=2}")
+    assert "matched 0" in found
+
+
+def test_jacobians_of_large_states_are_refused() -> None:
+    wide = _report(
+        Loop("gru", 200), torch.randn(6, 2, 3), "parallel-feedforward{min_steps=2,method=newton}"
+    )
+    assert "a state of 400 elements is too large for Jacobians: take method=gate" in wide
+
+
+def test_a_loop_whose_states_are_set_is_not_set_again() -> None:
+    once = "parallel-feedforward{min_steps=2}"
+    found = _report(Loop("gru", 3), torch.randn(6, 2, 3), f"{once},{once}")
+    assert "it is so already" in found
 
 
 def test_fewer_sweeps_are_near_and_feedback_points_along_the_gradient() -> None:
     torch.manual_seed(0)
     model, x = Loop("gru", 4).double(), torch.randn(12, 2, 3, dtype=torch.float64)
-    _, exact = _step(copy.deepcopy(model), x)
+    _, exact = step_of(copy.deepcopy(model), x)
     joined = torch.cat([exact[n].flatten() for n in exact])
     for passes, least in (
         ("highway-recurrence{iterations=2,min_steps=2}", 0.999),
         ("stationary-feedback{min_steps=2}", 0.9),
     ):
-        _, found = _rewritten(model, x, passes)
+        _, found = step_of_rewritten(model, x, passes)
         given_ = torch.cat([found[n].flatten() for n in exact])
         cosine = float(given_ @ joined / given_.norm() / joined.norm())
         assert cosine > least
@@ -254,7 +327,7 @@ def test_a_loop_that_cannot_be_rolled_up_says_why(how: str, reason: str) -> None
 def test_cutting_twice_is_cutting_once() -> None:
     torch.manual_seed(0)
     model, x = Loop("gru", 3).double(), torch.randn(9, 2, 3, dtype=torch.float64)
-    once = _rewritten(model, x, "cut-carry{every=2}")
-    twice = _rewritten(model, x, "cut-carry{every=2},cut-carry{every=2}")
+    once = step_of_rewritten(model, x, "cut-carry{every=2}")
+    twice = step_of_rewritten(model, x, "cut-carry{every=2},cut-carry{every=2}")
     assert torch.equal(once[0], twice[0])
     _agree(twice[1], once[1])

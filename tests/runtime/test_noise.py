@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from gtrans.runtime.noise import noise_seeds, salt_of, uniform
+from gtrans.runtime.noise import noise_seeds, salt_of, uniform, uniforms
 
 
 def noise_seed(fresh: list[torch.Tensor]) -> torch.Tensor:
@@ -48,6 +48,25 @@ def test_elements_salts_and_seeds_are_independent() -> None:
         assert abs(correlation(a, b)) < bound
     for lag in (1, 2, 8, 64, 256, 4096):
         assert abs(correlation(draws[0][lag:], draws[0][:-lag])) < bound
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_tensors_that_share_words_are_uniform_and_independent(count: int) -> None:
+    n = 1 << 16
+    drawn = [u.double() for u in uniforms(seed_for(1), (64, n // 64), count)]
+    assert len(drawn) == count
+    for u in drawn:
+        assert 0 <= float(u.min()) < float(u.max()) < 1
+        counts = torch.histc(u.flatten(), 256, 0, 1)
+        assert 150 < float(((counts - n / 256) ** 2 / (n / 256)).sum()) < 370
+    for a, b in itertools.combinations(drawn, 2):
+        assert abs(correlation(a, b)) < 5 / n**0.5
+
+
+def test_words_cut_in_two_have_a_mean_of_one_half() -> None:
+    found = sorted({float(u) for u in uniforms(seed_for(2), (1 << 18,), 2)[0]})
+    assert min(found) == 2.0**-17
+    assert all((u * 2**17) % 2 == 1 for u in found)
 
 
 def test_one_element_over_many_seeds() -> None:

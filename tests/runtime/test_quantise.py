@@ -48,7 +48,8 @@ def test_rounding_is_unbiased_by_quadrature(
     grid, draws = Grid(bits, 64, (0, 1), zeros=zeros, stochastic=True), 400
     mean = torch.zeros_like(x)
     for i in range(draws):
-        monkeypatch.setattr(quantise, "_noise", lambda *_, u=(i + 0.5) / draws: u)
+        u = (i + 0.5) / draws
+        monkeypatch.setattr(quantise, "uniforms", lambda seed, shape, n, u=u: [u] * n)
         mean += coded(grid, x) / draws
     # The midpoint rule on a step function errs by at most half a cell.
     assert bool(((mean - x).abs() <= 0.51 / draws * steps(grid, x)).all())
@@ -88,6 +89,10 @@ def test_groups() -> None:
     assert group_size([3, 197, 192], 192) == 192
     assert group_size([3, 7, 56], 256) == 168
     assert group_size([3, 5], 256) is None
+    # Parts of rows rather than larger groups across them, but not groups of half the size.
+    assert group_size([1536, 384], 256) == 192
+    assert group_size([4, 10, 24], 256) == 240
+    assert group_size([16, 264], 256) == 192
     assert memory_order(torch.randn(4, 4)[:, :2]) is None
 
 
