@@ -198,7 +198,7 @@ def _measure(
     steps = {v: _step(models[v], f) for v, f in forwards.items()}
     exact = _gradients(models["eager"], forwards["eager"])
     errors = {v: _error(exact, _gradients(models[v], f)) for v, f in forwards.items()}
-    seconds = interleaved_seconds(steps, rounds=5 if quick else 15, warm_up=1, device=device)
+    seconds = interleaved_seconds(steps, rounds=5 if quick else 21, warm_up=1, device=device)
     return {
         v: Figure(
             saved_for_backward(forwards[v], device=device),

@@ -40,6 +40,7 @@ _WATCHED = ops.CONTRACTIONS - {
     aten.index_put.default,
     aten.cumsum.default,
     aten.native_layer_norm_backward.default,
+    aten.native_dropout_backward.default,
     torch.ops.gtrans.fused_lstm.default,
     torch.ops.gtrans.fused_lstm_backward.default,
 }  # fmt: skip

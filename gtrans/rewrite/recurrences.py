@@ -20,6 +20,7 @@ from gtrans.core import HELD_BACK, Pass, Permission, Stats
 from gtrans.ir.forward import ForwardGraph, value
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import hint
+from gtrans.rewrite.numbers import numbers_as_tensors
 from gtrans.rewrite.rolled import (
     cannot_roll,
     gate_of,
@@ -60,7 +61,8 @@ class ForwardPass(Pass[ForwardGraph]):
             stats.rewritten += reason is None
             return reason is None
 
-        self.visit(graph, may)
+        with numbers_as_tensors(graph):
+            self.visit(graph, may)
         return stats
 
     @abstractmethod

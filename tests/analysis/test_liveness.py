@@ -12,6 +12,7 @@ from gtrans.analysis.allocator import replayed_peak, zeros_like
 from gtrans.analysis.liveness import simulate
 from gtrans.analysis.measure import measured_peak
 from gtrans.analysis.schedule import schedule_of
+from gtrans.analysis.workspace import workspaces
 from gtrans.capture import split
 from gtrans.errors import PlanError
 from gtrans.ir.joint import JointGraph
@@ -75,6 +76,14 @@ class Aliases(nn.Module):
 def test_views_and_tuples_share_storage(passes: str) -> None:
     joint = _joint(Aliases(), (torch.randn(32, 24),), passes)
     assert simulate(schedule_of(joint), extra={}).peak == _replayed(joint)
+
+
+def test_a_backward_of_dropout_needs_room_for_its_scaled_mask() -> None:
+    """On a CPU; it was at the peak of small budgets, which were exceeded by it."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 64))
+    joint = _joint(model, (torch.randn(128, 64),), "plan")
+    (dropout,) = joint.calls(torch.ops.aten.native_dropout_backward.default)
+    assert workspaces(joint.nodes)[dropout] == 128 * 64 * 4
 
 
 def test_in_place_operators_allocate_nothing() -> None:

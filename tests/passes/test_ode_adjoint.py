@@ -13,7 +13,9 @@ import gtrans
 from gtrans.errors import OptionError
 from gtrans.passes.wire.ode_adjoint import OdeAdjoint
 from gtrans.pipeline import Pipeline
+from gtrans.rewrite.numbers import numbers_as_tensors
 from gtrans.runtime.watch import forget
+from tests.ir.graphs import forward_of
 from tests.passes.stepping import Gradients, step_of, step_of_rewritten
 
 
@@ -80,6 +82,45 @@ def test_checkpoints_are_exact_and_an_inversion_that_has_settled_is(
         out, found = step_of_rewritten(model, x, passes)
         assert torch.equal(out, expected)
         assert _error(found, gradients) < 1e-10
+
+
+class Scheduled(nn.Module):
+    """Steps whose times and sizes are numbers of Python, as in samplers of diffusion models."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.inner, self.steps = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3)), steps
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        for i in range(self.steps):
+            t, h = i / self.steps, 0.1 + 0.2 * i / self.steps
+            y = y + h * (self.inner(y) - t * y) / (1 + t)
+        return 2.0 * y
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_steps_may_differ_in_numbers(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Scheduled(7).to(dtype), torch.randn(2, 3, dtype=dtype)
+    expected, gradients = step_of(copy.deepcopy(model), x)
+    assert "matched 1, rewrote 1" in str(gtrans.explain(model, x, passes="ode-adjoint"))
+    for passes in ("ode-adjoint", "parallel-feedforward{min_steps=2,tolerance=0.0}"):
+        out, found = step_of_rewritten(model, x, passes)
+        close = {"rtol": 1e-10, "atol": 1e-10} if dtype is torch.float64 else {}
+        torch.testing.assert_close(out, expected, **close)
+        assert torch.equal(out, expected) or "parallel" in passes
+        assert _error(found, gradients) < (1e-10 if dtype is torch.float64 else 1e-5)
+
+
+def test_numbers_of_a_loop_that_stays_are_put_back() -> None:
+    model, x = Scheduled(7), torch.randn(2, 3)
+    graph = forward_of(model, x)
+    before = graph.module.code
+    with numbers_as_tensors(graph):
+        graph.module.recompile()
+        assert graph.module.code.count("torch.full") >= 14
+    graph.module.recompile()
+    assert graph.module.code == before
 
 
 def test_the_error_of_backsolve_falls_with_its_iterations_and_with_the_step() -> None:
