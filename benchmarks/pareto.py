@@ -182,7 +182,8 @@ def main(quick: bool, device: str) -> int:
     if not quick and is_chosen("wide"):
         missed += _wide(Bench(wide_llama, device), table)
     if not quick and len(plotted) == len(networks(quick)):
-        print(f"plot: {plot(plotted, Path(__file__).parent / 'results' / f'pareto.{device}.png')}")
+        path = plot(plotted, Path(__file__).parent / "results" / f"pareto.{device}.png")
+        print(f"plot: benchmarks/results/{path.name}")
     median = statistics.median(ratios) if ratios else float("nan")
     if median > 1.0:
         missed.append(f"median time ratio {median:.3f}")

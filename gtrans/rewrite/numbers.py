@@ -18,7 +18,8 @@ from torch import fx
 
 from gtrans.ir.forward import ForwardGraph, value
 
-# With these, a tensor of no dimensions computes what a number does, to the bit.
+# With these, a tensor of no dimensions computes what a number does, to the bit. A GPU multiplies by
+# the inverse of a number that divides: there, the last bit of a quotient may differ.
 _ARITHMETIC = frozenset(
     {
         operator.add, operator.sub, operator.mul, operator.truediv,

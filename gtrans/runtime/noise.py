@@ -1,7 +1,7 @@
 """Random numbers for rounding that leave torch's generators as they are.
 
     seeds = noise_seeds(some tensors of the step, salts)     once a step, in the forward
-    u_i   = mix(i; seed)                                     one hash per element, fusible
+    u_i   = mix(i; seed)                                     a hash for one element or two
 
 A pass that drew from torch's generator would shift every later dropout mask. Here the generator's
 state is read, never advanced, so that `torch.manual_seed` still decides everything; a few elements

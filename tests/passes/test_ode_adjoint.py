@@ -85,7 +85,7 @@ def test_checkpoints_are_exact_and_an_inversion_that_has_settled_is(
 
 
 class Scheduled(nn.Module):
-    """Steps whose times and sizes are numbers of Python, as in samplers of diffusion models."""
+    """Steps whose times and sizes are numbers of Python."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
