@@ -14,7 +14,7 @@ from torch import fx
 
 from gtrans.analysis.loops import Loop, Source
 from gtrans.ir import ops
-from gtrans.ir.forward import ForwardGraph, is_inplace, value
+from gtrans.ir.forward import ForwardGraph, arguments, is_inplace, value
 from gtrans.ir.tracing import traced
 from gtrans.runtime.loop import side_by_side
 
@@ -40,9 +40,17 @@ def cannot_roll(graph: ForwardGraph, loop: Loop) -> str | None:
         return "what a step reads is written in place"
     if not written.isdisjoint(loop.nodes | set(outside)):
         return "a step's values are written in place"
-    if any(word in str(n.target) for n in between for word in _DRAWS):
+    if any(map(_draws, between)):
         return "random numbers are drawn between its steps"
     return None
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether a node draws random numbers; dropout does not where it drops nothing."""
+    if node.target is torch.nn.functional.dropout:
+        given = arguments(node)
+        return bool(given["training"]) and given["p"] != 0
+    return any(word in str(node.target) for word in _DRAWS)
 
 
 def not_pointwise(loop: Loop, step: fx.GraphModule) -> str | None:

@@ -324,6 +324,27 @@ def test_a_loop_that_cannot_be_rolled_up_says_why(how: str, reason: str) -> None
     assert reason in text
 
 
+@pytest.mark.parametrize(("p", "training"), [(0.0, True), (0.5, False)])
+def test_dropout_that_drops_nothing_draws_nothing(p: float, training: bool) -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.drop = nn.Linear(3, 3), nn.Dropout(p)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(6):
+                x = x + self.drop(torch.tanh(self.inner(x)))
+            return x
+
+    model, x = Dropping().double().train(training), torch.randn(2, 3, dtype=torch.float64)
+    expected, gradients = step_of(copy.deepcopy(model), x)
+    passes = "parallel-feedforward{min_steps=2,tolerance=0.0}"
+    out, found = step_of_rewritten(model, x, passes)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    _agree(found, gradients)
+    assert "matched 1, rewrote 1" in _report(model, x, passes)
+
+
 def test_cutting_twice_is_cutting_once() -> None:
     torch.manual_seed(0)
     model, x = Loop("gru", 3).double(), torch.randn(9, 2, 3, dtype=torch.float64)
