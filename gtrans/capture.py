@@ -7,10 +7,11 @@ import gc
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import fx, nn
@@ -22,7 +23,13 @@ from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import CompileContext, TracingContext
 from torch._logging._internal import trace_structured
+from torch.nn.modules import transformer
+from torch.utils import _pytree as pytree
 
+from gtrans.analysis.liveness import simulate
+from gtrans.analysis.recorded import recorded_bytes
+from gtrans.analysis.schedule import schedule_of
+from gtrans.analysis.workspace import allow_for_loss
 from gtrans.captured import Captured, Resident, parameter_bytes
 from gtrans.errors import BudgetError, CaptureError, GTransError, OptionError
 from gtrans.ir import ops
@@ -32,8 +39,9 @@ from gtrans.ir.joint import Input, JointGraph, Signature, Surroundings
 from gtrans.ir.normal_form import normalise
 from gtrans.ir.printer import to_code
 from gtrans.ir.program import Program
-from gtrans.ir.sizes import numel
+from gtrans.ir.sizes import human, numel
 from gtrans.ir.source import readable_path
+from gtrans.memory import Budget
 from gtrans.pipeline import UNDER_BUDGET, Gate, Graph, Observer, OnFailure, Pipeline, Step
 from gtrans.plan.budget import plain_liveness
 from gtrans.plan.cut import read_directly
@@ -157,14 +165,47 @@ class Compiler:
         held = beside + sum(c.saved_bytes for c in earlier)
         if not self.has_budget:
             return Surroundings(held, reserved_bytes=self.reserved_bytes)
+        if not has_loss:
+            allow_for_loss(record.original.tangents)
         plain = plain_liveness(record.original).peak
         plain += beside + sum(c.saved_bytes_before for c in earlier)
         return Surroundings(held, plain, self._lowering.slack, self.reserved_bytes)
 
+    def require_room(self, output: Any, resident: Iterable[torch.Tensor]) -> None:
+        """Checks that what Dynamo left to plain Python has room beside the graphs under a budget.
+
+        Args:
+            output: what the model returned.
+            resident: its inputs, parameters and buffers.
+
+        Raises:
+            BudgetError: it has not.
+        """
+        beside = recorded_bytes(output, resident) - self.reserved_bytes
+        planned = [c.rewritten for c in self.captured if c.rewritten is not None]
+        if beside <= 0 or self._budget is None or not planned:
+            return
+        plain = max(g.surroundings.plain_peak or 0 for g in planned)
+        limit = self._budget.in_bytes(plain)
+        peak = max(simulate(schedule_of(g)).peak + g.surroundings.held_bytes for g in planned)
+        if peak + beside > limit:
+            room = self.reserved_bytes + beside
+            raise BudgetError(
+                f"the captured graphs peak at {human(peak)} of {human(limit)}, and a part of the "
+                f"model that Dynamo runs as plain Python keeps {human(beside)} more for its "
+                "backward.\n  TORCH_LOGS=graph_breaks shows which part and why. Change that, or "
+                f"leave room for it: 'plan{{memory={limit}B,reserve={-(-room // 1024)}KiB}}'"
+            )
+
     @property
     def has_budget(self) -> bool:
         """Whether a plan keeps the step under a memory budget."""
-        return any(isinstance(p, Plan) and p.memory is not None for p in self.pipeline.passes)
+        return self._budget is not None
+
+    @property
+    def _budget(self) -> Budget | None:
+        plans = [p for p in self.pipeline.passes if isinstance(p, Plan)]
+        return next((p.memory for p in plans if p.memory is not None), None)
 
     @property
     def reserved_bytes(self) -> int:
@@ -536,9 +577,19 @@ def compiled_call(
     options: dict[str, Any] = {}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
-    return as_captured(
+    run = as_captured(
         torch.compile(call, backend=compiler, dynamic=dynamic, fullgraph=fullgraph, **options)
     )
+
+    def within_budget(*args: Any, **kwargs: Any) -> Any:
+        known = len(compiler.captured)
+        output = run(*args, **kwargs)
+        if len(compiler.captured) > known:
+            given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+            compiler.require_room(output, [*given, *model.parameters(), *model.buffers()])
+        return output
+
+    return within_budget if compiler.has_budget else run
 
 
 @contextmanager
@@ -546,11 +597,21 @@ def capture_settings() -> Iterator[None]:
     """Lets Dynamo capture more of a model than it does by default.
 
     Recurrent layers are captured. Calls of a logger are left out, as `torch.export` leaves them
-    out: Dynamo would end the graph at each, and trace everything before it a second time. Whoever
-    compares gtrans with `torch.compile` lets that run under the same settings.
+    out: Dynamo would end the graph at each, and trace everything before it a second time. So is the
+    question of `nn.Transformer` whether a mask happens to be the causal one, for which Dynamo gives
+    up the whole model: the mask is applied as it is given. Whoever compares gtrans with
+    `torch.compile` lets that run under the same settings.
     """
-    with dynamo_config.patch(allow_rnn=True, ignore_logger_methods=_log_methods()):
+    with (
+        dynamo_config.patch(allow_rnn=True, ignore_logger_methods=_log_methods()),
+        patch.object(transformer, "_detect_is_causal_mask", _as_it_is_said),
+    ):
         yield
+
+
+def _as_it_is_said(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """Whether a mask is said to be causal."""
+    return is_causal is True
 
 
 def _log_methods() -> set[Callable[..., Any]]:

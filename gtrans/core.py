@@ -141,6 +141,11 @@ class Pass(ABC, Generic[GraphT]):
     def contract(self) -> Contract:
         """What this pass, with these options, promises about the gradient."""
 
+    @property
+    def indispensable(self) -> bool:
+        """Whether to stop where it fails, since training on without it would break a promise."""
+        return False
+
     @abstractmethod
     def run(self, graph: GraphT, permitted: Permission) -> Stats:
         """Rewrites the graph in place.

@@ -297,7 +297,8 @@ class Pipeline:
             graph: the graph to start from; it is never modified.
             gate: which rewrites to perform; all by default.
             observers: called after every pass.
-            skip_failures: go on without a pass that fails, and record its error in the step.
+            skip_failures: go on without a pass that fails, and record its error in the step, unless
+                it is indispensable.
             on_failure: called when one fails.
             index: number of the graph, for the steps.
 
@@ -321,7 +322,7 @@ class Pipeline:
                 if on_failure is not None and not isinstance(error, BudgetError):
                     note = on_failure(step, first, Pipeline(self.passes[: len(steps)]))
                     step.error += note
-                if not skip_failures or isinstance(error, BudgetError):
+                if not skip_failures or p.indispensable:
                     raise _blame(p, error, note) from error
                 rewritten = graph
             step.rewrites = tuple(gate.seen[asked:])

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from gtrans.analysis.workspace import is_for_loss
 from gtrans.errors import ModelError
 from gtrans.ir.sizes import human
 from gtrans.ir.source import Location, location
@@ -25,6 +26,7 @@ class WhyPeak:
         held_bytes: by the model's other graphs.
         reserved_bytes: besides the model, as for the optimizer's state.
         workspace_bytes: by the kernel that runs.
+        is_for_loss: whether that is for a loss outside of the model instead.
         rows: everything else that is alive, largest first.
     """
 
@@ -36,6 +38,7 @@ class WhyPeak:
     held_bytes: int
     reserved_bytes: int
     workspace_bytes: int
+    is_for_loss: bool
     rows: tuple[AliveRow, ...]
 
     def __str__(self) -> str:
@@ -47,7 +50,12 @@ class WhyPeak:
         for row in self.rows:
             lines.append(f"  {human(row.bytes):>12} {row.bytes / self.peak:6.1%}  {row}")
         for size, what in (
-            (self.workspace_bytes, "workspace of the kernel that runs"),
+            (
+                self.workspace_bytes,
+                "allowed for a loss computed outside of the model"
+                if self.is_for_loss
+                else "workspace of the kernel that runs",
+            ),
             (self.held_bytes, "held by the model's other graphs"),
             (self.reserved_bytes, "reserved, as for the optimizer's state"),
         ):
@@ -87,5 +95,6 @@ def why_peak(explanation: "Explanation") -> WhyPeak:
         held_bytes=around.held_bytes - around.reserved_bytes,
         reserved_bytes=around.reserved_bytes,
         workspace_bytes=peak - around.held_bytes - sum(r.bytes for r in rows),
+        is_for_loss=is_for_loss(liveness.peak_node),
         rows=rows,
     )

@@ -6,9 +6,11 @@ known to need some are run once per shape, on tensors of zeros, and watched; one
 serves all of a graph.
 
     workspace = most bytes in memory while the kernel runs - its inputs - its outputs
+
+A loss that is computed outside of the graph needs room too, between the halves: `allow_for_loss`.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ _WATCHED = ops.CONTRACTIONS - {
 }  # fmt: skip
 
 _known: dict[Hashable, int] = {}
+_LOSS = "gtrans loss"
 
 
 def workspaces(nodes: Iterable[fx.Node]) -> dict[fx.Node, int]:
@@ -53,11 +56,37 @@ def workspaces(nodes: Iterable[fx.Node]) -> dict[fx.Node, int]:
 
     The first time it sees a kernel with its shapes it runs it once.
     """
+    nodes = list(nodes)
     keys = {n: _key(n) for n in nodes if n.target in _WATCHED}
     unknown = {key: n for n, key in keys.items() if key not in _known}
     if unknown and not torch._C._autograd._profiler_enabled():
         _watch(unknown)
-    return {n: bytes for n, key in keys.items() if (bytes := _known.get(key, 0))}
+    found = {n: bytes for n, key in keys.items() if (bytes := _known.get(key, 0))}
+    return found | {n: n.meta[_LOSS] for n in nodes if _LOSS in n.meta}
+
+
+def allow_for_loss(tangents: Sequence[fx.Node]) -> None:
+    """Leaves room for a loss of the outputs that some tangents belong to, when those are made.
+
+    Measured beside the output and its tangent, in tensors of the output's size: two for
+    cross-entropy and `mse_loss`, three for the mean of a square. Of an output in 16 bits nine,
+    since losses compute in 32 and hold copies.
+    """
+    values = [t.meta["val"] for t in tangents]
+    wide = [v for v in values if isinstance(v, torch.Tensor) and hint(v.numel()) > 1]
+    allowed = sum(tensor_bytes(v) * (3 if v.dtype.itemsize >= 4 else 9) for v in wide)
+    if allowed:
+        tangents[-1].meta[_LOSS] = allowed
+
+
+def without_loss(found: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+    """Workspaces of kernels alone."""
+    return {n: size for n, size in found.items() if _LOSS not in n.meta}
+
+
+def is_for_loss(node: fx.Node) -> bool:
+    """Whether what a node needs besides is that of a loss outside of the graph."""
+    return _LOSS in node.meta
 
 
 def _watch(nodes: dict[Hashable, fx.Node]) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from gtrans.analysis.cost import Device, node_seconds
 from gtrans.analysis.liveness import Liveness, simulate
 from gtrans.analysis.schedule import Schedule, schedule_of
+from gtrans.analysis.workspace import is_for_loss, without_loss, workspaces
 from gtrans.errors import BudgetError
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import human
@@ -64,8 +65,14 @@ class Fit:
 
 
 def plain_liveness(joint: JointGraph) -> Liveness:
-    """The memory of a graph as autograd would run it: everything the backward reads is saved."""
-    return simulate(_plain(joint))
+    """The memory of a graph as autograd would run it: everything the backward reads is saved.
+
+    A loss outside of the graph is taken to need nothing, so that a share of this peak is none of a
+    larger one.
+    """
+    schedule = _plain(joint)
+    nodes = dict.fromkeys(t.node for t in schedule.tasks)
+    return simulate(schedule, without_loss(workspaces(nodes)))
 
 
 def fit(joint: JointGraph, budget: Budget, device: Device) -> Fit:
@@ -141,12 +148,13 @@ class _Search:
             special = way.fastest(room, special.seconds if special else than) or special
         self.special = special
         self.fits = fitting is not None or special is not None
-        chosen = special.candidate if special is not None else fitting
-        self.candidate = chosen or min(self.best, key=lambda c: self.peaks[id(c)])
-        self.peak = self.peaks[id(self.candidate)]
-        self.seconds = self.candidate.seconds
-        if special is not None:
-            self.peak, self.seconds = special.peak, special.seconds
+        if special is not None:  # its candidate need not be one of the leanest
+            self.candidate, self.peak = special.candidate, special.peak
+            self.seconds = special.seconds
+        else:
+            self.candidate = fitting or min(self.best, key=lambda c: self.peaks[id(c)])
+            self.peak = self.peaks[id(self.candidate)]
+            self.seconds = self.candidate.seconds
 
     @property
     def lowest_peak(self) -> int:
@@ -208,6 +216,12 @@ def _infeasible(search: _Search, plain: int, limit: int, budget: Budget) -> str:
         f"{human(plain)}), at {node.name} ({location(node)}). Alive there:",
         listed(alive_rows(liveness)),
     ]
+    if is_for_loss(node):
+        allowed = human(liveness.workspace()[liveness.peak_task])
+        lines.append(
+            f"    {allowed} allowed for a loss computed outside of the model; a model that returns "
+            "its loss needs none"
+        )
     reserved = front.joint.surroundings.reserved_bytes
     if held > reserved:
         others = human(held - reserved)

@@ -99,7 +99,7 @@ class Front:
             for n, o in joint.offers.items()
         }
         self._dear: dict[fx.Node, float] = {}
-        self._workspaces = workspaces(self._seconds)
+        self._workspaces = workspaces((*self._seconds, *joint.tangents))
         self._tried: set[Choice] = set()
         self._plain = frozenset(read_directly(joint))
         self.waists = Waists(joint, self._plain)

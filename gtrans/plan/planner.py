@@ -79,6 +79,11 @@ class Plan(Pass[JointGraph]):
         """The same gradient, bit for bit."""
         return Exact()
 
+    @property
+    def indispensable(self) -> bool:
+        """Without it nothing keeps a budget."""
+        return self.memory is not None
+
     def run(self, graph: JointGraph, permitted: Permission) -> Stats:
         """Fixes the cut of the graph."""
         erase_taps(graph)

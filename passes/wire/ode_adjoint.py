@@ -12,9 +12,10 @@ Costs: the forward once more; with backsolve k further times.
 Contract: checkpoint: exact, the gradient of the numbers that the solver computed. Backsolve:
     aligned: exact as its iterations settle, which they do where a step's d changes by less than y
     does (h |df/dy| < 1); a warning says where the way back misses the first state.
-Needs: a loop in Python over steps that add to their state, the same function each time; what
-    differs between steps, such as the time, must be a tensor. Steps of reversible Heun are inverted
-    to rounding by `reversible`, which is the pass to ask for there.
+Needs: a loop in Python, the same function in each step; checkpoint takes any such loop, backsolve
+    those that add to their state. What differs between steps, such as the time, is a number or a
+    tensor. Steps of reversible Heun are inverted to rounding by `reversible`, which is the pass to
+    ask for there.
 Source: Chen et al., NeurIPS 2018, arXiv:1806.07366 (backsolve), here with the solver's own steps
     taken backwards, so that what remains is the error of the inversion; k = 1 is one step of the
     same solver. Checkpoints per step: Matsubara et al., NeurIPS 2021, arXiv:2102.09750.
@@ -65,12 +66,12 @@ class OdeAdjoint(LoopPass):
         return Exact(bitwise=False) if self.method == "checkpoint" else Aligned()
 
     def refuse_loop(self, graph: ForwardGraph, loop: Loop) -> str | None:
-        """Refuses what is no solver, and what cannot be called as one operator."""
+        """Refuses what cannot be called as one operator, or taken backwards where it must be."""
         step = traced_step(loop)
         if isinstance(step, str):
             return step
-        if not step.adds_to_its_carry():
-            return "a step does not add to what it carries, so it is no solver's"
+        if self.method == "backsolve" and not step.adds_to_its_carry():
+            return "a step does not add to what it carries; method=checkpoint takes any"
         return cannot_roll(graph, loop)
 
     def rewrite_loop(self, graph: ForwardGraph, loop: Loop) -> None:

@@ -160,7 +160,8 @@ def test_a_way_back_that_misses_the_start_is_said(caplog: pytest.LogCaptureFixtu
     assert "taken backwards, misses its first state by" in caplog.text
 
 
-def test_what_is_no_solver_stays_and_says_why() -> None:
+@pytest.mark.parametrize("kind", ["fixed point", "leaky"])
+def test_steps_that_do_not_add_can_be_run_again_but_not_taken_backwards(kind: str) -> None:
     class Iterated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -168,13 +169,21 @@ def test_what_is_no_solver_stays_and_says_why() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             z = torch.zeros_like(x)
-            for _ in range(6):
-                z = torch.tanh(self.inner(z) + x)
+            for step in range(6):
+                after, share = torch.tanh(self.inner(z) + x), 1 / (step + 2)
+                z = after if kind == "fixed point" else (1 - share) * z + share * after
             return z
 
-    torch.compiler.reset()
-    found = str(gtrans.explain(Iterated(), torch.randn(2, 3), passes="ode-adjoint"))
-    assert "a step does not add to what it carries, so it is no solver's" in found
+    torch.manual_seed(0)
+    forget()
+    model, x = Iterated().double(), torch.randn(2, 3, dtype=torch.float64)
+    found = str(gtrans.explain(model, x, passes="ode-adjoint{method=backsolve}"))
+    assert "a step does not add to what it carries; method=checkpoint takes any" in found
+    expected, gradients = step_of(copy.deepcopy(model), x)
+    out, again = step_of_rewritten(model, x, "ode-adjoint")
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    assert _error(again, gradients) < 1e-10
+    assert "matched 1, rewrote 1" in str(gtrans.explain(model, x, passes="ode-adjoint"))
 
 
 def test_options_out_of_range_are_refused() -> None:

@@ -247,3 +247,29 @@ def test_a_budget_that_nothing_but_streaming_keeps_is_kept() -> None:
     peak = measured_peak(step).bytes + x.nbytes + sum(p.nbytes for p in model.parameters())
     assert peak <= budget < lowest.peak
     assert "wide regions are computed a few rows at a time" in str(gtrans.report(model))
+
+
+def test_a_plan_by_rows_need_not_be_one_of_the_leanest() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.norm = nn.Linear(32, 128), nn.Linear(128, 32), nn.LayerNorm(32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(2):
+                h = self.up(x)
+                h = 0.5 * h * (1 + torch.tanh(h + 0.04 * h**3))
+                x = self.norm(x + self.down(h))
+            return x.square().mean()
+
+    by_rows = 0
+    for share in (0.5, 0.45, 0.4, 0.35):
+        try:
+            passes = f"plan{{memory={share},target=h100}}"
+            explanation = gtrans.explain(Tied(), torch.randn(256, 32), passes=passes)
+        except BudgetError:
+            continue
+        assert explanation.budget is not None
+        assert explanation.peak <= explanation.budget
+        by_rows += "wide regions are computed a few rows at a time" in str(explanation)
+    assert by_rows
