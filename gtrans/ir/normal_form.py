@@ -51,6 +51,8 @@ def normalise(joint: JointGraph) -> None:
 
 def _own_metadata(joint: JointGraph) -> None:
     for node in joint.graph.nodes:
+        if ops.has_no_result(node):
+            node.meta.setdefault("val", None)
         if node.op != "output" and node.op != "get_attr" and "val" not in node.meta:
             raise GraphError(f"node {node.name} ({location(node)}) has no recorded value")
         for key, nested in node.meta.items():

@@ -227,6 +227,12 @@ def is_effect(node: fx.Node) -> bool:
     return mutates(node) or node.is_impure()
 
 
+def has_no_result(node: fx.Node) -> bool:
+    """Whether the operator returns nothing, as an assertion does."""
+    op = overload(node)
+    return op is not None and not op._schema.returns
+
+
 def is_pointwise(node: fx.Node) -> bool:
     """Whether each output element depends on one element of each (broadcast) input."""
     op = overload(node)
