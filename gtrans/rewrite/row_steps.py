@@ -1,14 +1,15 @@
 """Products along the last dimension, seen through steps that only handle their rows.
 
     z = linear(h, W, b)                                   [*s, V]
-    v = z[:, :-1].float().reshape(-1, V)       --->       h[:, :-1].reshape(-1, D)
+    v = (s z)[:, :-1].float().reshape(-1, V)   --->       (s h)[:, :-1].reshape(-1, D), s b
 
-Steps that choose, reorder or regroup rows commute with a product, so they can be taken before it,
-on an input that is as wide as D instead of V. Casts to a wider type are left out on the way.
+Steps that choose, reorder, regroup or scale rows commute with a product, so they can be taken
+before it, on an input that is as wide as D instead of V. Casts to a wider type are left out on the
+way. A cap c tanh(z) on the way does not commute, and is handed on.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,8 @@ class RowSteps:
         bias: [V] or None.
         steps: the steps that have to be taken on the left factor instead, in order.
         axis: which dimension of what is read is that of the V outputs.
+        scales: the steps that scale rows, in order.
+        cap: c of c tanh(z), taken behind all scales; 0 without one.
     """
 
     hidden: fx.Node
@@ -43,10 +46,12 @@ class RowSteps:
     bias: fx.Node | None
     steps: tuple[fx.Node, ...]
     axis: int
+    scales: tuple[fx.Node, ...] = ()
+    cap: float = 0.0
 
     def rows(self, graph: ForwardGraph, anchor: fx.Node) -> fx.Node:
         """Takes the steps on the left factor right before a node; the last dimension is D's."""
-        node, axis = self.hidden, value(self.hidden).dim() - 1
+        node, axis = self._scaled(graph, anchor, self.hidden), value(self.hidden).dim() - 1
         for step in self.steps:
             width = value(node).shape[axis]
             name, _, arguments = _described(step)
@@ -55,6 +60,16 @@ class RowSteps:
                 arguments = (*arguments[:-1], width)
             node = graph.insert_before(anchor, _FUNCTIONS[name], node, *arguments)
         return graph.insert_before(anchor, torch.movedim, node, axis, -1)
+
+    def offset(self, graph: ForwardGraph, anchor: fx.Node) -> fx.Node | None:
+        """The bias, scaled as the rows are."""
+        return None if self.bias is None else self._scaled(graph, anchor, self.bias)
+
+    def _scaled(self, graph: ForwardGraph, anchor: fx.Node, node: fx.Node) -> fx.Node:
+        for step in self.scales:
+            _, factor, divides = _scale(step) or (None, 1, False)
+            node = graph.insert_before(anchor, torch.div if divides else torch.mul, node, factor)
+        return node
 
     def outputs_first(self, graph: ForwardGraph, anchor: fx.Node) -> fx.Node:
         """The weight as [V, D]."""
@@ -70,13 +85,25 @@ def product_behind(node: fx.Node) -> RowSteps | str:
         node: a tensor that holds rows of a product, as its reader sees it.
     """
     steps: list[fx.Node] = []
+    scales: list[fx.Node] = []
+    cap = 0.0
     while True:
         if sum(_reads_values(user) for user in node.users) > 1:
             return READ_ELSEWHERE
         factors = _factors(node)
         if factors is not None:
             break
+        if (scale := _scale(node)) is not None:
+            scales.append(node)
+            node = scale[0]
+            continue
         name, source, _ = _described(node)
+        if name == "tanh" and source is not None:
+            cap = 0.0 if cap else _product(scales)
+            if not cap:
+                return "its logits are capped by more than a number"
+            node, scales = source, []
+            continue
         if source is None or (name not in _CASTS and name not in _FUNCTIONS):
             return f"its logits come from {name}"
         if name not in _CASTS:
@@ -89,7 +116,38 @@ def product_behind(node: fx.Node) -> RowSteps | str:
         axis = _axis_after(step, axis)
         if axis < 0:
             return "a step on the way mixes classes and tokens"
-    return RowSteps(*factors, tuple(reversed(steps)), axis)
+    return RowSteps(*factors, tuple(reversed(steps)), axis, tuple(reversed(scales)), cap)
+
+
+def _scale(step: fx.Node) -> tuple[fx.Node, Any, bool] | None:
+    """(what is scaled, by what, whether by division) of a step that scales by one number."""
+    name = str(getattr(step.target, "__name__", step.target))
+    if name not in _SCALES or len(step.args) != 2 or step.kwargs:
+        return None
+    first, second = step.args
+    if _is_number(second) and isinstance(first, fx.Node):
+        return first, second, name != "mul"
+    if name == "mul" and _is_number(first) and isinstance(second, fx.Node):
+        return second, first, False
+    return None
+
+
+def _is_number(factor: Any) -> bool:
+    if isinstance(factor, fx.Node):
+        found = value(factor)
+        return isinstance(found, torch.Tensor) and found.dim() == 0
+    return isinstance(factor, (int, float))
+
+
+def _product(scales: Sequence[fx.Node]) -> float:
+    """What some steps scale by together; 0 if that is known only when they run."""
+    total = 1.0
+    for step in scales:
+        _, factor, divides = _scale(step) or (None, 0.0, False)
+        if isinstance(factor, fx.Node):
+            return 0.0
+        total = total / factor if divides else total * factor
+    return total
 
 
 def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node, bool, fx.Node | None] | None:
@@ -183,6 +241,7 @@ def _axis_after_index(index: tuple[Any, ...], axis: int, rank: int) -> int:
     return -1
 
 
+_SCALES = ("mul", "div", "truediv", "true_divide")
 _RESHAPES = ("view", "reshape")
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "view": torch.Tensor.reshape,

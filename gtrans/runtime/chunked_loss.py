@@ -11,6 +11,8 @@ and the gradient of sum_i c_i loss_i is
     G_ic = (1 - e) w_y (p_ic - [c = y]) + e/V (p_ic sum_k w_k - w_c)
     dh = (m c) G W,    dW = G^T (m c h),    db = G^T (m c)
 
+Of logits that are capped, z = k tanh(h W^T + b), G is that times k (1 - tanh^2).
+
 A loss that is a sum or a mean knows c up to one number, its cotangent. So the gradients of a chunk
 are computed right behind its logits, which are then dropped, and the backward has nothing left to
 do but to multiply. For losses per token the backward computes the logits of each chunk again.
@@ -40,6 +42,7 @@ def chunked_cross_entropy(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     smoothing: float = 0.0,
+    cap: float = 0.0,
 ) -> torch.Tensor:
     """cross_entropy(linear(hidden, weight, bias), target) without all logits at once.
 
@@ -54,6 +57,7 @@ def chunked_cross_entropy(
         ignore_index: the class of tokens that do not count.
         reduction: "mean" is NaN if no token counts, as in torch.
         smoothing: label smoothing.
+        cap: k of logits k tanh(linear(..)); 0 for none.
 
     Returns:
         The loss, a scalar; [*s] without a reduction.
@@ -63,7 +67,7 @@ def chunked_cross_entropy(
         hidden, weight = hidden.to(half), weight.to(half)
         bias = None if bias is None else bias.to(half)
     rows, labels = hidden.flatten(0, -2), target.reshape(-1)
-    options = (chunks, ignore_index, smoothing, torch.is_grad_enabled())
+    options = (chunks, ignore_index, smoothing, cap, torch.is_grad_enabled())
     apply: Any = (_LossPerToken if reduction == "none" else _SummedLoss).apply
     loss: torch.Tensor = apply(rows, weight, bias, labels, class_weight, options)
     if reduction == "none":
@@ -140,6 +144,7 @@ def linear_cross_entropy(
     chunks: int,
     ignore_index: int,
     smoothing: float,
+    cap: float,
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses of [n, D] rows, and gradients of their sum weighted by a cotangent [n] (1 if None).
@@ -157,14 +162,21 @@ def linear_cross_entropy(
         h, y = rows[part], target[part]
         counts = (y != ignore_index).to(losses.dtype)
         y = y.where(counts > 0, 0)
-        logp = _log_softmax_in_place(_wide(F.linear(h, weight, bias)))
+        logits = _wide(F.linear(h, weight, bias))
+        bent = None
+        if cap:
+            logits.tanh_()
+            bent = cap * (1 - logits.square()) if any(wanted) else None
+            logits.mul_(cap)
+        logp = _log_softmax_in_place(logits)
         losses[part] = _losses(logp, y, class_weight, smoothing) * counts
         if any(wanted):
             scale = counts if cotangent is None else counts * cotangent[part].to(counts.dtype)
-            slope = _slope_in_place(logp, y, class_weight, smoothing).to(weight.dtype)
+            slope = _slope_in_place(logp, y, class_weight, smoothing)
+            slope = (slope if bent is None else slope.mul_(bent)).to(weight.dtype)
             _add_gradients(slope, scale.unsqueeze(-1), h, weight, part, found)
             del slope
-        del logp  # or it would be in memory beside the next chunk's logits
+        del logits, logp, bent  # or it would be in memory beside the next chunk's logits
     return losses, *found
 
 
@@ -200,6 +212,7 @@ def _(
     chunks: int,
     ignore_index: int,
     smoothing: float,
+    cap: float,
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     losses, found = _empty(rows, weight, wanted)

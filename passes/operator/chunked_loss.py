@@ -9,13 +9,15 @@ Saves: logits and their log-softmax, about 2 n V elements; keeps dh and dW, n D 
 Costs: no product more: the three are those of the backward, done earlier, each reading W once per
     chunk. Without a reduction nothing but h is kept, and the first product is done again.
 Contract: exact up to the order of sums (dW is summed chunk by chunk).
-Needs: nothing else reads the logits; class numbers as targets.
+Needs: nothing else reads the logits; class numbers as targets. Between product and loss there may
+    be steps on rows, casts, factors, and a cap c tanh(z). The loss may be written as `nll_loss` of
+    `log_softmax`.
 Source: the loss of Liger Kernel (arXiv:2410.10989, section 3.2), in plain torch; not its kernels.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import fx
@@ -24,7 +26,7 @@ from gtrans.contract import Contract, Exact
 from gtrans.core import GraphKind, Knob, SitePass, require
 from gtrans.ir.forward import ForwardGraph, arguments, value
 from gtrans.ir.sizes import numel
-from gtrans.rewrite.row_steps import RowSteps, product_behind
+from gtrans.rewrite.row_steps import READ_ELSEWHERE, RowSteps, product_behind
 from gtrans.runtime.chunked_loss import chunked_cross_entropy
 
 
@@ -46,12 +48,14 @@ class ChunkedLoss(SitePass[ForwardGraph]):
             require(given >= 1, f"chunked-loss: {option} must be at least 1, got {given}")
 
     def sites(self, graph: ForwardGraph) -> Iterable[fx.Node]:
-        """Every cross-entropy."""
-        return graph.calls(F.cross_entropy)
+        """Every cross-entropy, and every loss of log-probabilities."""
+        return [*graph.calls(F.cross_entropy), *graph.calls(F.nll_loss)]
 
     def refuse(self, graph: ForwardGraph, site: fx.Node) -> str | None:
         """Refuses losses of anything but rows of a product that nobody else reads."""
-        given = arguments(site)
+        given = _arguments(site)
+        if isinstance(given, str):
+            return given
         logits = value(given["input"])
         if given["size_average"] is not None or given["reduce"] is not None:
             return "it has arguments that torch deprecates"
@@ -66,11 +70,32 @@ class ChunkedLoss(SitePass[ForwardGraph]):
 
     def rewrite(self, graph: ForwardGraph, site: fx.Node) -> None:
         """Calls the chunked loss instead."""
-        given = arguments(site)
+        given = _arguments(site)
+        assert not isinstance(given, str)  # see `refuse`
         found = product_behind(given["input"])
         assert isinstance(found, RowSteps)
         names = ("weight", "ignore_index", "reduction", "label_smoothing")
-        options = [self.chunks, value(site).dtype, *(given[name] for name in names)]
-        factors = found.rows(graph, site), found.outputs_first(graph, site), found.bias
+        options = [self.chunks, value(site).dtype, *(given[name] for name in names), found.cap]
+        rows, offset = found.rows(graph, site), found.offset(graph, site)
+        factors = rows, found.outputs_first(graph, site), offset
         call = (chunked_cross_entropy, *factors, given["target"], *options)
         graph.replace(site, graph.insert_before(site, *call))
+
+
+def _arguments(site: fx.Node) -> dict[str, Any] | str:
+    """The arguments of `cross_entropy` that compute a loss, or why there are none."""
+    given = arguments(site)
+    if site.target is F.cross_entropy:
+        return given
+    source = given["input"]
+    name = str(getattr(source.target, "__name__", source.target))
+    dims = [*source.args[1:2], *(source.kwargs.get(k) for k in ("dim",) if k in source.kwargs)]
+    if name != "log_softmax" or len(dims) != 1 or not isinstance(dims[0], int):
+        return "its input is not log_softmax of something"
+    if dims[0] % value(source).dim() != min(1, value(source).dim() - 1):
+        return "its classes are not the outputs of the product"
+    if len(source.users) > 1:
+        return READ_ELSEWHERE
+    if value(source).dtype.itemsize < value(source.args[0]).dtype.itemsize:
+        return "its log-probabilities are rounded"
+    return {**given, "input": source.args[0], "label_smoothing": 0.0}

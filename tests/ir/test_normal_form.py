@@ -1,9 +1,11 @@
 """What every pass may rely on in a captured graph."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import gtrans
 from gtrans.ir import ops
 from tests.ir.graphs import Written, joint_of, joint_with
 
@@ -103,3 +105,25 @@ def test_updated_statistics_have_the_type_that_the_operator_returns() -> None:
     assert [v.dtype for v in norm.meta["val"]] == [v.dtype for v in real]
     for part in filter(ops.is_getitem, norm.users):
         assert part.meta["val"].dtype == real[part.args[1]].dtype
+
+
+def test_assertions_have_no_result_and_stay() -> None:
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 4)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (self.inner(x) * F.one_hot(y, 4)).sum()
+
+    torch.compiler.reset()
+    model = gtrans.optimize(Chosen(), backend="eager", on_error="raise")
+    x = torch.randn(2, 3)
+    model(x, torch.tensor([0, 3])).backward()
+    (record,) = gtrans.report(model).captured
+    assert record.rewritten is not None
+    checks = [n for n in record.rewritten.nodes if ops.has_no_result(n)]
+    assert checks
+    assert all(n.meta["val"] is None for n in checks)
+    with pytest.raises(RuntimeError, match="Class values must be smaller than num_classes"):
+        model(x, torch.tensor([0, 4]))

@@ -79,7 +79,7 @@ def test_the_loss_takes_the_place_of_product_and_loss() -> None:
     lines = [line.strip() for line in after.splitlines() if "chunked_cross_entropy(" in line]
     (line,) = lines
     assert line.endswith("# f32[]  <- chunked-loss")
-    assert ", None, view_1, 2, torch.float32, None, -100, 'mean', 0.0)" in line
+    assert ", None, view_1, 2, torch.float32, None, -100, 'mean', 0.0, 0.0)" in line
     assert "= cross_entropy(" not in after
     assert "float" not in after.replace("torch.float32", "")
     assert (stats.matched, stats.rewritten) == (1, 1)
@@ -154,6 +154,24 @@ LOSSES: dict[str, Loss] = {
         )
         .square()
         .mean()
+    ),
+    "scaled and divided": lambda m, h, y: F.cross_entropy(
+        (3 * m.head(h) / 0.7).view(-1, V) * 0.5, y.view(-1)
+    ),
+    "scaled by a learned number, with a bias": lambda m, h, y: F.cross_entropy(
+        (F.linear(h, m.head.weight, m.offset) * m.offset[0].exp()).flatten(0, 1), y.flatten()
+    ),
+    "capped": lambda m, h, y: F.cross_entropy(
+        2 * torch.tanh(m.head(h) / 2).view(-1, V), y.view(-1), label_smoothing=0.1, weight=m.rarity
+    ),
+    "capped and scaled, per token": lambda m, h, y: F.cross_entropy(
+        ((m.head(h) * 3).tanh() / 0.4).transpose(1, 2), y, reduction="none"
+    ).mean(),
+    "of log-probabilities": lambda m, h, y: F.nll_loss(
+        F.log_softmax(m.head(h).view(-1, V), -1), y.view(-1), m.rarity, ignore_index=3
+    ),
+    "of log-probabilities, classes second": lambda m, h, y: F.nll_loss(
+        m.head(h).transpose(1, 2).log_softmax(dim=1), y, reduction="sum"
     ),
     "class weights": lambda m, h, y: plain(m, h, y, weight=m.rarity),
     "class weights, smoothed": lambda m, h, y: plain(
@@ -291,9 +309,18 @@ REASONS: dict[str, Loss] = {
     "a step on the way mixes classes and tokens": lambda m, h, y: F.cross_entropy(
         m.head(h).view(-1, 1), y.view(-1).repeat(V) * 0
     ),
-    "its logits come from tanh": lambda m, h, y: F.cross_entropy(
-        torch.tanh(m.head(h)).view(-1, V), y.view(-1)
+    "its logits come from relu": lambda m, h, y: F.cross_entropy(
+        torch.relu(m.head(h)).view(-1, V), y.view(-1)
     ),
+    "its logits are capped by more than a number": lambda m, h, y: F.cross_entropy(
+        (torch.tanh(m.head(h)) * m.offset[0]).view(-1, V), y.view(-1)
+    ),
+    "its input is not log_softmax of something": lambda m, h, y: F.nll_loss(
+        m.head(h).view(-1, V), y.view(-1)
+    ),
+    "its log-probabilities are rounded": lambda m, h, y: F.nll_loss(
+        F.log_softmax(m.head(h).view(-1, V), -1, dtype=torch.bfloat16), y.view(-1)
+    ).float(),
 }
 
 
@@ -325,8 +352,17 @@ def language_model(kind: str) -> nn.Module:
     if kind == "bert":
         model: nn.Module = transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
     else:
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+        config = transformers.AutoConfig.for_model(kind, **sizes, **HEADS.get(kind, {}))
+        model = transformers.AutoModelForCausalLM.from_config(config)
     return model.train()
+
+
+# Heads that cap their logits, multiply and divide them.
+HEADS: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 4, "num_key_value_heads": 1, "final_logit_softcapping": 2.0},
+    "cohere": {"logit_scale": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "granite": {"logits_scaling": 3.0},
+}
 
 
 class LossOnly(nn.Module):
@@ -341,7 +377,7 @@ class LossOnly(nn.Module):
         return self.model(input_ids=ids, labels=labels, **self.options).loss
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama with a count", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "llama with a count", "bert", *HEADS])
 def test_losses_of_transformers_are_found_as_they_are(kind: str) -> None:
     torch.manual_seed(0)
     options: dict[str, Any] = {"use_cache": False} if kind != "bert" else {}
