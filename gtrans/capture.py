@@ -7,7 +7,7 @@ import gc
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,24 +26,19 @@ from torch._logging._internal import trace_structured
 from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
-from gtrans.analysis.liveness import simulate
 from gtrans.analysis.recorded import recorded_bytes
-from gtrans.analysis.schedule import schedule_of
-from gtrans.analysis.workspace import allow_for_loss
-from gtrans.captured import Captured, Resident, parameter_bytes
+from gtrans.captured import Captured, Resident, require_room, surroundings
 from gtrans.errors import BudgetError, CaptureError, GTransError, OptionError
 from gtrans.ir import ops
 from gtrans.ir.forward import ForwardGraph
 from gtrans.ir.half import Backend, Half, Role, Runnable
-from gtrans.ir.joint import Input, JointGraph, Signature, Surroundings
+from gtrans.ir.joint import Input, JointGraph, Signature
 from gtrans.ir.normal_form import normalise
 from gtrans.ir.printer import to_code
 from gtrans.ir.program import Program
-from gtrans.ir.sizes import human, numel
 from gtrans.ir.source import readable_path
 from gtrans.memory import Budget
 from gtrans.pipeline import UNDER_BUDGET, Gate, Graph, Observer, OnFailure, Pipeline, Step
-from gtrans.plan.budget import plain_liveness
 from gtrans.plan.cut import read_directly
 from gtrans.plan.planner import Plan
 from gtrans.plan.saved import saved_bytes, saved_values
@@ -115,7 +110,7 @@ class Compiler:
         forward = self.pipeline.marked(forward)
         record.own_seconds += time.perf_counter() - start
         job = _Job(self, record, _inputs_of(module), len(_outputs_of(module)))
-        if self.has_budget:
+        if self.budget is not None:
             start = time.perf_counter()
             forward = self._with_what_pays(forward, job, example_inputs)
             record.own_seconds += time.perf_counter() - start
@@ -141,69 +136,9 @@ class Compiler:
                 forward = other
         return forward
 
-    def surroundings(self, record: Captured) -> Surroundings:
-        """What is in memory beside a graph that was just captured.
-
-        Graphs of one model run forward in the order of capture, and backward in the opposite one.
-        So while a graph runs, the ones before it hold what they saved, and the ones after it have
-        left the gradients of their parameters. What those will save is not known yet: they are
-        planned later, with what this one leaves them.
-        """
-        assert record.original is not None
-        latest = {c.frame: c for c in self.captured if c.training and c.frame < record.frame}
-        earlier = list(latest.values())
-        # A loss that is computed elsewhere is held with the number that its backward starts from.
-        outputs = [o for o in record.original.forward_outputs if isinstance(o, fx.Node)]
-        has_loss = any(numel(o.meta["val"]) == 1 for o in outputs if not ops.is_symbol(o))
-        beside = 0 if has_loss else _LOSS_BYTES
-        if self.resident is not None:
-            graphs = [c.original for c in earlier if c.original is not None]
-            done = sum(parameter_bytes(g, trainable=True) for g in (*graphs, record.original))
-            beside += max(0, self.resident.bytes - parameter_bytes(record.original))
-            beside += max(0, self.resident.trainable_bytes - done)
-        beside += self.reserved_bytes
-        held = beside + sum(c.saved_bytes for c in earlier)
-        if not self.has_budget:
-            return Surroundings(held, reserved_bytes=self.reserved_bytes)
-        if not has_loss:
-            allow_for_loss(record.original.tangents)
-        plain = plain_liveness(record.original).peak
-        plain += beside + sum(c.saved_bytes_before for c in earlier)
-        return Surroundings(held, plain, self._lowering.slack, self.reserved_bytes)
-
-    def require_room(self, output: Any, resident: Iterable[torch.Tensor]) -> None:
-        """Checks that what Dynamo left to plain Python has room beside the graphs under a budget.
-
-        Args:
-            output: what the model returned.
-            resident: its inputs, parameters and buffers.
-
-        Raises:
-            BudgetError: it has not.
-        """
-        beside = recorded_bytes(output, resident) - self.reserved_bytes
-        planned = [c.rewritten for c in self.captured if c.rewritten is not None]
-        if beside <= 0 or self._budget is None or not planned:
-            return
-        plain = max(g.surroundings.plain_peak or 0 for g in planned)
-        limit = self._budget.in_bytes(plain)
-        peak = max(simulate(schedule_of(g)).peak + g.surroundings.held_bytes for g in planned)
-        if peak + beside > limit:
-            room = self.reserved_bytes + beside
-            raise BudgetError(
-                f"the captured graphs peak at {human(peak)} of {human(limit)}, and a part of the "
-                f"model that Dynamo runs as plain Python keeps {human(beside)} more for its "
-                "backward.\n  TORCH_LOGS=graph_breaks shows which part and why. Change that, or "
-                f"leave room for it: 'plan{{memory={limit}B,reserve={-(-room // 1024)}KiB}}'"
-            )
-
     @property
-    def has_budget(self) -> bool:
-        """Whether a plan keeps the step under a memory budget."""
-        return self._budget is not None
-
-    @property
-    def _budget(self) -> Budget | None:
+    def budget(self) -> Budget | None:
+        """What a plan keeps the step's memory under, if there is such a bound."""
         plans = [p for p in self.pipeline.passes if isinstance(p, Plan)]
         return next((p.memory for p in plans if p.memory is not None), None)
 
@@ -328,7 +263,11 @@ class _Job:
         joint = JointGraph(module, self._signature(joint_inputs, num_fwd_outputs))
         normalise(joint)
         record.original = joint
-        joint.surroundings = self.owner.surroundings(record)
+        owner = self.owner
+        slack = owner._lowering.slack if owner.budget is not None else None
+        joint.surroundings = surroundings(
+            record, owner.captured, owner.resident, owner.reserved_bytes, slack
+        )
         self._trace("joint", lambda: to_code(joint.graph))
         rewritten, record.steps = self.owner.pipeline.on(JointGraph).run(
             joint,
@@ -377,7 +316,7 @@ class _Job:
                 static_inputs=self._static_inputs(module, role),
                 graph=self.record.index,
                 pipeline=str(self.owner.pipeline),
-                frugal=self.owner.has_budget,
+                frugal=self.owner.budget is not None,
                 shared=self.shared,
             )
             if role == "forward" and not self.owner._lowering.overwrites_saved:
@@ -506,7 +445,6 @@ def capture_always() -> Iterator[None]:
         yield
 
 
-_LOSS_BYTES = 16
 _LEVELS = {"debug", "info", "warning", "warn", "error", "exception", "critical", "fatal", "log"}
 
 
@@ -581,15 +519,20 @@ def compiled_call(
         torch.compile(call, backend=compiler, dynamic=dynamic, fullgraph=fullgraph, **options)
     )
 
+    budget = compiler.budget
+    if budget is None:
+        return run
+
     def within_budget(*args: Any, **kwargs: Any) -> Any:
         known = len(compiler.captured)
         output = run(*args, **kwargs)
         if len(compiler.captured) > known:
             given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
-            compiler.require_room(output, [*given, *model.parameters(), *model.buffers()])
+            beside = recorded_bytes(output, [*given, *model.parameters(), *model.buffers()])
+            require_room(compiler.captured, budget, beside, compiler.reserved_bytes)
         return output
 
-    return within_budget if compiler.has_budget else run
+    return within_budget
 
 
 @contextmanager

@@ -1,14 +1,24 @@
-"""What is known of a captured graph, and of what its model holds in memory."""
+"""What is known of a captured graph, and of what is in memory beside it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import fx, nn
 
+from gtrans.analysis.liveness import simulate
+from gtrans.analysis.schedule import schedule_of
+from gtrans.analysis.workspace import allow_for_loss
 from gtrans.contract import Contract, compose_all
-from gtrans.ir.joint import JointGraph
-from gtrans.ir.sizes import tensor_bytes
+from gtrans.errors import BudgetError
+from gtrans.ir import ops
+from gtrans.ir.joint import JointGraph, Surroundings
+from gtrans.ir.sizes import human, numel, tensor_bytes
+from gtrans.memory import Budget
 from gtrans.pipeline import Step
+from gtrans.plan.budget import plain_liveness
 from gtrans.plan.saved import SavedValue
+
+_LOSS_BYTES = 16
 
 
 @dataclass
@@ -80,3 +90,76 @@ def parameter_bytes(joint: JointGraph, *, trainable: bool = False) -> int:
         if info.kind in ("parameter", "buffer")
         and (not trainable or joint.gradient_of(node) is not None)
     )
+
+
+def surroundings(
+    record: Captured,
+    captured: Sequence[Captured],
+    resident: Resident | None,
+    reserved_bytes: int,
+    slack: float | None,
+) -> Surroundings:
+    """What is in memory beside a graph that was just captured.
+
+    Graphs of one model run forward in the order of capture, and backward in the opposite one. So
+    while a graph runs, the ones before it hold what they saved, and the ones after it have left the
+    gradients of their parameters. What those will save is not known yet: they are planned later,
+    with what this one leaves them.
+
+    Args:
+        record: the graph; under a budget, room for a loss outside of it is left in it.
+        captured: all graphs of the model so far.
+        resident: what the model holds; if it is not known, nothing besides this graph's own.
+        reserved_bytes: besides the model.
+        slack: share of a budget to leave free; None without a budget.
+    """
+    assert record.original is not None
+    latest = {c.frame: c for c in captured if c.training and c.frame < record.frame}
+    earlier = list(latest.values())
+    # A loss that is computed elsewhere is held with the number that its backward starts from.
+    outputs = [o for o in record.original.forward_outputs if isinstance(o, fx.Node)]
+    has_loss = any(numel(o.meta["val"]) == 1 for o in outputs if not ops.is_symbol(o))
+    beside = reserved_bytes + (0 if has_loss else _LOSS_BYTES)
+    if resident is not None:
+        graphs = [c.original for c in earlier if c.original is not None]
+        done = sum(parameter_bytes(g, trainable=True) for g in (*graphs, record.original))
+        beside += max(0, resident.bytes - parameter_bytes(record.original))
+        beside += max(0, resident.trainable_bytes - done)
+    held = beside + sum(c.saved_bytes for c in earlier)
+    if slack is None:
+        return Surroundings(held, reserved_bytes=reserved_bytes)
+    if not has_loss:
+        allow_for_loss(record.original.tangents)
+    plain = plain_liveness(record.original).peak
+    plain += beside + sum(c.saved_bytes_before for c in earlier)
+    return Surroundings(held, plain, slack, reserved_bytes)
+
+
+def require_room(
+    captured: Sequence[Captured], budget: Budget, beside: int, reserved_bytes: int
+) -> None:
+    """Checks that what Dynamo left to plain Python has room beside the graphs under a budget.
+
+    Args:
+        captured: the graphs.
+        budget: of the step's peak.
+        beside: bytes that autograd keeps outside of them.
+        reserved_bytes: what was reserved, perhaps for that.
+
+    Raises:
+        BudgetError: it has not.
+    """
+    planned = [c.rewritten for c in captured if c.rewritten is not None]
+    beside -= reserved_bytes
+    if beside <= 0 or not planned:
+        return
+    limit = budget.in_bytes(max(g.surroundings.plain_peak or 0 for g in planned))
+    peak = max(simulate(schedule_of(g)).peak + g.surroundings.held_bytes for g in planned)
+    if peak + beside > limit:
+        room = reserved_bytes + beside
+        raise BudgetError(
+            f"the captured graphs peak at {human(peak)} of {human(limit)}, and a part of the model "
+            f"that Dynamo runs as plain Python keeps {human(beside)} more for its backward.\n"
+            "  TORCH_LOGS=graph_breaks shows which part and why. Change that, or leave room for it "
+            f"with 'plan{{memory={limit}B,reserve={-(-room // 1024)}KiB}}'"
+        )
