@@ -37,7 +37,7 @@ def traced(
     Returns:
         A graph without values, not to be changed: it may be handed out again.
     """
-    key = key_of(function, args, values) if mode is not None else None
+    key = _key(function, args, values) if mode is not None else None
     if key in _seen:
         return _seen[key]
     positions = [i for i, a in enumerate(args) if isinstance(a, fx.Node)]
@@ -68,7 +68,7 @@ def outside_tracing(function: Callable[[], T]) -> T:
         return pool.submit(function).result()
 
 
-def key_of(
+def _key(
     function: Callable[..., Any], args: Sequence[Any], values: Sequence[torch.Tensor]
 ) -> Hashable | None:
     """What the operators depend on; None if that cannot be told, or would keep graphs alive."""

@@ -37,7 +37,6 @@ from gtrans.plan import store
 from gtrans.plan.chain import Chain, Option
 from gtrans.plan.choose import DEARER, fastest, leanest
 from gtrans.plan.cut import Cutter, read_directly
-from gtrans.plan.offers import offer_seconds
 from gtrans.plan.rebuild import Candidate, Choice, Rebuilder
 from gtrans.plan.waists import Waists
 
@@ -94,7 +93,11 @@ class Front:
         self._cutter = Cutter(joint)
         self.candidates: list[Candidate] = []
         self._seconds = {n: node_seconds(n, device) for n in joint.nodes if n.op == "call_function"}
-        self._offer_seconds = offer_seconds(joint, device)
+        self._offer_seconds = {
+            n: o.passes_over_memory * tensor_bytes(n.meta["val"]) / device.bytes_per_s
+            + device.launch_s
+            for n, o in joint.offers.items()
+        }
         self._dear: dict[fx.Node, float] = {}
         self._workspaces = workspaces((*self._seconds, *joint.tangents))
         self._tried: set[Choice] = set()
