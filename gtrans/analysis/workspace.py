@@ -10,7 +10,7 @@ serves all of a graph.
 A loss that is computed outside of the graph needs room too, between the halves: `allow_for_loss`.
 """
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -77,11 +77,6 @@ def allow_for_loss(tangents: Sequence[fx.Node]) -> None:
     allowed = sum(tensor_bytes(v) * (3 if v.dtype.itemsize >= 4 else 9) for v in wide)
     if allowed:
         tangents[-1].meta[_LOSS] = allowed
-
-
-def without_loss(found: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
-    """Workspaces of kernels alone."""
-    return {n: size for n, size in found.items() if _LOSS not in n.meta}
 
 
 def is_for_loss(node: fx.Node) -> bool:

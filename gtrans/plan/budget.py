@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from gtrans.analysis.cost import Device, node_seconds
 from gtrans.analysis.liveness import Liveness, simulate
 from gtrans.analysis.schedule import Schedule, schedule_of
-from gtrans.analysis.workspace import is_for_loss, without_loss, workspaces
+from gtrans.analysis.workspace import is_for_loss
 from gtrans.errors import BudgetError
 from gtrans.ir.joint import JointGraph
 from gtrans.ir.sizes import human
@@ -65,14 +65,8 @@ class Fit:
 
 
 def plain_liveness(joint: JointGraph) -> Liveness:
-    """The memory of a graph as autograd would run it: everything the backward reads is saved.
-
-    A loss outside of the graph is taken to need nothing, so that a share of this peak is none of a
-    larger one.
-    """
-    schedule = _plain(joint)
-    nodes = dict.fromkeys(t.node for t in schedule.tasks)
-    return simulate(schedule, without_loss(workspaces(nodes)))
+    """The memory of a graph as autograd would run it: everything the backward reads is saved."""
+    return simulate(_plain(joint))
 
 
 def fit(joint: JointGraph, budget: Budget, device: Device) -> Fit:
