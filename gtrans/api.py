@@ -97,7 +97,7 @@ def optimize(
         options=options,
         on_failure=write_repro,
     )
-    compiler.resident = Resident.of(model)
+    compiler.resident = Resident.of(model, optimizer)
     if model in _sessions:
         restore(model)
     install(model, compiler, dynamic=dynamic, fullgraph=fullgraph)
@@ -209,7 +209,7 @@ def explain(
         ModelError: the model has no trainable parameters, or does not accept the inputs.
     """
     pipeline = planned(passes, skip, memory, allow, optimizer)
-    return explained(model, inputs, keyword_inputs, pipeline, dynamic=dynamic)
+    return explained(model, inputs, keyword_inputs, pipeline, dynamic=dynamic, optimizer=optimizer)
 
 
 def explained(
@@ -219,11 +219,12 @@ def explained(
     pipeline: Pipeline,
     *,
     dynamic: bool | None = None,
+    optimizer: Optimizer | None = None,
 ) -> Explanation:
     """`explain` with a ready pipeline."""
     require_trainable(model)
     compiler = Compiler(pipeline, "eager", skip_failures=False)
-    compiler.resident = Resident.of(model)
+    compiler.resident = Resident.of(model, optimizer)
     capture(model, compiler, inputs, keyword_inputs, dynamic=dynamic)
     return Explanation(compiler.pipeline, compiler.captured)
 

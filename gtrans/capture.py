@@ -24,6 +24,7 @@ from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import CompileContext, TracingContext
 from torch._logging._internal import trace_structured
 from torch.nn.modules import transformer
+from torch.nn.modules.transformer import _detect_is_causal_mask
 from torch.utils import _pytree as pytree
 
 from gtrans.analysis.recorded import recorded_bytes
@@ -529,7 +530,8 @@ def compiled_call(
         if len(compiler.captured) > known:
             given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
             beside = recorded_bytes(output, [*given, *model.parameters(), *model.buffers()])
-            require_room(compiler.captured, budget, beside, compiler.reserved_bytes)
+            state = compiler.resident.state_bytes if compiler.resident is not None else 0
+            require_room(compiler.captured, budget, beside, compiler.reserved_bytes, state)
         return output
 
     return within_budget
@@ -547,7 +549,7 @@ def capture_settings() -> Iterator[None]:
     """
     with (
         dynamo_config.patch(allow_rnn=True, ignore_logger_methods=_log_methods()),
-        patch.object(transformer, "_detect_is_causal_mask", _as_it_is_said),
+        patch.object(transformer, _detect_is_causal_mask.__name__, _as_it_is_said),
     ):
         yield
 

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx, nn
+from torch.optim import Optimizer
 
 from gtrans.analysis.liveness import simulate
+from gtrans.analysis.optimizer_state import state_bytes
 from gtrans.analysis.schedule import schedule_of
 from gtrans.analysis.workspace import allow_for_loss
 from gtrans.contract import Contract, compose_all
@@ -67,18 +69,21 @@ class Resident:
     Attributes:
         bytes: its parameters and buffers.
         trainable_bytes: the parameters that get a gradient.
+        state_bytes: the state of the optimizer, if a plan reserves memory for it.
     """
 
     bytes: int
     trainable_bytes: int
+    state_bytes: int = 0
 
     @staticmethod
-    def of(model: nn.Module) -> "Resident":
+    def of(model: nn.Module, optimizer: Optimizer | None = None) -> "Resident":
         """Adds up a model's parameters and buffers, each once."""
         parameters = list(model.parameters())
         return Resident(
             sum(t.nbytes for t in (*parameters, *model.buffers())),
             sum(p.nbytes for p in parameters if p.requires_grad),
+            state_bytes(optimizer) if optimizer is not None else 0,
         )
 
 
@@ -136,7 +141,7 @@ def surroundings(
 
 
 def require_room(
-    captured: Sequence[Captured], budget: Budget, beside: int, reserved_bytes: int
+    captured: Sequence[Captured], budget: Budget, beside: int, reserved_bytes: int, state_bytes: int
 ) -> None:
     """Checks that what Dynamo left to plain Python has room beside the graphs under a budget.
 
@@ -144,13 +149,14 @@ def require_room(
         captured: the graphs.
         budget: of the step's peak.
         beside: bytes that autograd keeps outside of them.
-        reserved_bytes: what was reserved, perhaps for that.
+        reserved_bytes: what was reserved, for that but for the optimizer's state.
+        state_bytes: of the optimizer, as far as they are reserved.
 
     Raises:
         BudgetError: it has not.
     """
     planned = [c.rewritten for c in captured if c.rewritten is not None]
-    beside -= reserved_bytes
+    beside -= reserved_bytes - state_bytes
     if beside <= 0 or not planned:
         return
     limit = budget.in_bytes(max(g.surroundings.plain_peak or 0 for g in planned))

@@ -15,16 +15,18 @@ _COMPILED = "CompiledFunction"
 
 
 def recorded_bytes(outputs: Any, resident: Iterable[torch.Tensor] = ()) -> int:
-    """Bytes of the storages that autograd holds for outputs, each once, graphs of gtrans apart.
+    """Bytes of the storages that autograd holds for outputs, each once, compiled graphs apart.
 
     Args:
         outputs: what a model returned, nested as it may be.
-        resident: tensors that are in memory anyway: parameters, buffers and inputs.
+        resident: tensors that are in memory anyway: parameters, buffers and inputs. What was
+            recorded before these were made belongs to somebody else. Sparse tensors count nothing.
     """
+    resident = list(resident)
     leaves = [v for v in pytree.tree_leaves(outputs) if isinstance(v, torch.Tensor)]
     pending: list[Any] = [v.grad_fn for v in leaves if v.grad_fn is not None]
-    counted = {_storage(t) for t in (*resident, *leaves)}
-    seen: set[Any] = set()
+    counted = {_storage(t) for t in (*resident, *leaves) if _is_dense(t)}
+    seen: set[Any] = {t.grad_fn for t in resident}
     total = 0
     while pending:
         node = pending.pop()
@@ -45,10 +47,14 @@ def _held(node: Any) -> list[torch.Tensor]:
         if name.startswith("_saved_") or name == "saved_tensors":
             try:
                 held += pytree.tree_leaves(getattr(node, name))
-            except RuntimeError:  # written in place since, or freed
+            except RuntimeError:  # torch hands out nothing that was written in place since
                 continue
-    return [v for v in held if isinstance(v, torch.Tensor)]
+    return [v for v in held if isinstance(v, torch.Tensor) and _is_dense(v)]
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
+    return tensor.untyped_storage().data_ptr()

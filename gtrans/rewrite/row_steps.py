@@ -36,7 +36,7 @@ class RowSteps:
         bias: [V] or None.
         steps: the steps that have to be taken on the left factor instead, in order.
         axis: which dimension of what is read is that of the V outputs.
-        scales: the steps that scale rows, in order.
+        scales: numbers or nodes that rows are scaled by, each with whether by division, in order.
         cap: c of c tanh(z), taken behind all scales; 0 without one.
     """
 
@@ -46,7 +46,7 @@ class RowSteps:
     bias: fx.Node | None
     steps: tuple[fx.Node, ...]
     axis: int
-    scales: tuple[fx.Node, ...] = ()
+    scales: tuple[tuple[Any, bool], ...] = ()
     cap: float = 0.0
 
     def rows(self, graph: ForwardGraph, anchor: fx.Node) -> fx.Node:
@@ -66,8 +66,7 @@ class RowSteps:
         return None if self.bias is None else self._scaled(graph, anchor, self.bias)
 
     def _scaled(self, graph: ForwardGraph, anchor: fx.Node, node: fx.Node) -> fx.Node:
-        for step in self.scales:
-            _, factor, divides = _scale(step) or (None, 1, False)
+        for factor, divides in self.scales:
             node = graph.insert_before(anchor, torch.div if divides else torch.mul, node, factor)
         return node
 
@@ -85,7 +84,7 @@ def product_behind(node: fx.Node) -> RowSteps | str:
         node: a tensor that holds rows of a product, as its reader sees it.
     """
     steps: list[fx.Node] = []
-    scales: list[fx.Node] = []
+    scales: list[tuple[Any, bool]] = []
     cap = 0.0
     while True:
         if sum(_reads_values(user) for user in node.users) > 1:
@@ -94,8 +93,8 @@ def product_behind(node: fx.Node) -> RowSteps | str:
         if factors is not None:
             break
         if (scale := _scale(node)) is not None:
-            scales.append(node)
-            node = scale[0]
+            node, *by = scale
+            scales.append((by[0], by[1]))
             continue
         name, source, _ = _described(node)
         if name == "tanh" and source is not None:
@@ -139,11 +138,10 @@ def _is_number(factor: Any) -> bool:
     return isinstance(factor, (int, float))
 
 
-def _product(scales: Sequence[fx.Node]) -> float:
-    """What some steps scale by together; 0 if that is known only when they run."""
+def _product(scales: Sequence[tuple[Any, bool]]) -> float:
+    """What rows are scaled by together; 0 if that is known only when the model runs."""
     total = 1.0
-    for step in scales:
-        _, factor, divides = _scale(step) or (None, 0.0, False)
+    for factor, divides in scales:
         if isinstance(factor, fx.Node):
             return 0.0
         total = total / factor if divides else total * factor

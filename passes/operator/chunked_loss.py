@@ -89,10 +89,10 @@ def _arguments(site: fx.Node) -> dict[str, Any] | str:
         return given
     source = given["input"]
     name = str(getattr(source.target, "__name__", source.target))
-    dims = [*source.args[1:2], *(source.kwargs.get(k) for k in ("dim",) if k in source.kwargs)]
-    if name != "log_softmax" or len(dims) != 1 or not isinstance(dims[0], int):
+    dim = source.args[1] if len(source.args) > 1 else source.kwargs.get("dim")
+    if name != "log_softmax" or not isinstance(dim, int):
         return "its input is not log_softmax of something"
-    if dims[0] % value(source).dim() != min(1, value(source).dim() - 1):
+    if dim % value(source).dim() != min(1, value(source).dim() - 1):
         return "its classes are not the outputs of the product"
     if len(source.users) > 1:
         return READ_ELSEWHERE

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -108,13 +109,15 @@ class Broken(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.tanh(self.first(x))
-        x = _as_python(self.wide, x)
+        x = as_python(self.wide, x)
         return self.last(x).sum()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _as_python(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _squashed(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.tanh(torch.sigmoid(layer(x)))
+
+
+as_python: Any = torch.compiler.disable(_squashed)
 
 
 def test_what_python_keeps_counts() -> None:
@@ -134,6 +137,28 @@ def test_what_python_keeps_counts() -> None:
     model(x).backward()
 
 
+def test_the_state_of_an_optimizer_is_no_room_for_python() -> None:
+    torch.compiler.reset()
+    x, model = torch.randn(64, 16), Broken()
+    optimizer = torch.optim.Adam(model.parameters())
+    gtrans.optimize(model, memory="64MiB", optimizer=optimizer, backend="eager")
+    model(x).backward()
+    peak = gtrans.report(model).peak
+    torch.compiler.reset()
+    gtrans.optimize(model, memory=peak + 1024, optimizer=optimizer, backend="eager")
+    with pytest.raises(BudgetError, match=r"keeps 2[0-9][0-9]\.[0-9] KiB more for its backward"):
+        model(x)
+
+
+def test_what_made_the_inputs_belongs_to_somebody_else() -> None:
+    torch.compiler.reset()
+    maker = nn.Sequential(nn.Linear(16, 4096), nn.Tanh(), nn.Linear(4096, 64))
+    x = maker(torch.randn(64, 16))
+    assert recorded_bytes(x) > 2 * 2**20
+    model = gtrans.optimize(Head(), memory="2MiB", backend="eager")
+    model(x).sum().backward()
+
+
 def test_the_record_of_autograd() -> None:
     x, layer = torch.randn(32, 8), nn.Linear(8, 16)
     out = F.gelu(layer(x))
@@ -141,6 +166,8 @@ def test_the_record_of_autograd() -> None:
     assert recorded_bytes({"out": [out]}, resident) == 32 * 16 * 4
     assert recorded_bytes(out) == 32 * 16 * 4 + x.nbytes
     assert recorded_bytes((out.detach(), None)) == 0
+    graph = torch.eye(16).to_sparse()
+    assert recorded_bytes(torch.sparse.mm(graph, layer.weight), [graph]) == 0
     compiled = torch.compile(layer, backend="aot_eager")
     assert recorded_bytes(compiled(x)) == 0
 
