@@ -24,6 +24,15 @@ _UNDECLARED_VIEWS = frozenset(
     }
 )
 
+# They write running statistics where they train, which their schemas do not say.
+_WRITES_STATISTICS = frozenset(
+    {
+        aten.native_batch_norm.default,
+        aten.cudnn_batch_norm.default,
+        aten.miopen_batch_norm.default,
+    }
+)
+
 # Row-wise normalisations and softmaxes. Not tagged pointwise by torch, yet each costs one pass
 # over its input and fuses like a pointwise op, so recomputing them is as cheap.
 ROWWISE = frozenset(
@@ -215,6 +224,17 @@ def mutates(node: fx.Node) -> bool:
     """Whether the node writes into one of its arguments."""
     op = overload(node)
     return op is not None and op._schema.is_mutable
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a node writes into, running statistics of a batch norm included."""
+    op = overload(node)
+    if op is None:
+        return []
+    names = [a.name for a in op._schema.arguments if a.is_write]
+    if op in _WRITES_STATISTICS and argument(node, "training"):
+        names += ["running_mean", "running_var"]
+    return [a for name in names if isinstance(a := argument(node, name), fx.Node)]
 
 
 def is_effect(node: fx.Node) -> bool:

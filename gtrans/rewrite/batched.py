@@ -6,7 +6,6 @@ Products of n matrices become one `bmm`. What is stacked is stacked once: where 
 front have dropped out, the others read a slice of it.
 """
 
-import warnings
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ from torch import fx
 
 from gtrans.ir import ops
 from gtrans.ir.joint import JointGraph
+from gtrans.runtime.batch_rules import batched_form, quiet_loops
 
 aten = torch.ops.aten
 
@@ -53,7 +53,7 @@ class Part:
 @cache
 def _has_rule(op: torch._ops.OpOverload) -> bool:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return any(has_kernel(op.name(), key) for key in _RULES)
+    return batched_form(op) is not op or any(has_kernel(op.name(), key) for key in _RULES)
 
 
 def part_of(end: fx.Node, inside: Collection[fx.Node]) -> Part | None:
@@ -118,8 +118,7 @@ class Batches:
             for slot, one in zip(slots, shared, strict=True)
         ]
         function = torch.vmap(_Call(parts[0]), in_dims=tuple(None if s else 0 for s in shared))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that torch loops over some operators
+        with quiet_loops():
             (result,) = self.joint.splice_before(anchor, function, *args)
         while (before := before.next) is not anchor:
             if self.joint.is_forward(before):
@@ -165,9 +164,6 @@ class _Call:
         values: dict[fx.Node, Any] = dict(zip(self.part.read, read, strict=True))
         for node in self.part.nodes:
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-            target: Any = node.target
-            # Stacked values have strides of their own, so that a view may need a copy.
-            target = torch.reshape if target is aten.view.default else target
-            values[node] = target(*args, **kwargs)
+            values[node] = batched_form(node.target)(*args, **kwargs)
         result: torch.Tensor = values[self.part.nodes[-1]]
         return result

@@ -16,6 +16,7 @@ from gtrans.analysis.loops import Loop, Source
 from gtrans.ir import ops
 from gtrans.ir.forward import ForwardGraph, arguments, is_inplace, value
 from gtrans.ir.tracing import traced
+from gtrans.runtime.batch_rules import quiet_loops, with_rules
 from gtrans.runtime.loop import side_by_side
 
 aten = torch.ops.aten
@@ -91,18 +92,18 @@ def not_side_by_side(loop: Loop, step: fx.GraphModule) -> str | None:
     inputs = [value(column[0]) for column in loop.inputs]
     mode = fake_mode_of([*carries, *inputs])
     try:
-        with mode or nullcontext(), torch.no_grad():
+        with mode or nullcontext(), torch.no_grad(), quiet_loops():
             several = [t.expand(2, *t.shape) for t in carries]
             pairs = zip(inputs, shared, strict=True)
             read = [t if one else t.expand(2, *t.shape) for t, one in pairs]
-            side_by_side(step, len(carries), shared)(*several, *read)
+            side_by_side(with_rules(step), len(carries), shared)(*several, *read)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         return f"its steps cannot run side by side: {str(error).strip().splitlines()[0]}"
     return None
 
 
 def operators_of(loop: Loop, step: fx.GraphModule) -> fx.GraphModule | str:
-    """The step as the operators that torch breaks it down to, or why there is none.
+    """The step as the operators that torch breaks it down to, or why it cannot run as a batch.
 
     Several steps run as a batch by a rule for each operator; for what is made of them, such as a
     cell or a normalisation, there is none.
@@ -111,7 +112,19 @@ def operators_of(loop: Loop, step: fx.GraphModule) -> fx.GraphModule | str:
         graph = _traced(loop, step)
     except (RuntimeError, TypeError, AttributeError) as error:
         return f"its step cannot be traced: {str(error).splitlines()[0]}"
-    return "its step holds constants" if graph.find_nodes(op="get_attr") else _module(graph)
+    if graph.find_nodes(op="get_attr"):
+        return "its step holds constants"
+    return not_repeatable(graph) or _module(graph)
+
+
+def not_repeatable(graph: fx.Graph) -> str | None:
+    """Why a step, as operators, may not run more than once for each time it is written, or None."""
+    for node in graph.nodes:
+        if ops.is_random(node):
+            return f"its step draws random numbers ({node.target})"
+        if any(ops.storage_of(n).op == "placeholder" for n in ops.written_by(node)):
+            return f"its step writes to what it reads ({node.target})"
+    return None
 
 
 def gate_of(loop: Loop, step: fx.GraphModule) -> fx.GraphModule:

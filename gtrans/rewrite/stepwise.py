@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from gtrans.analysis.loops import Loop
 from gtrans.ir.forward import ForwardGraph, value
-from gtrans.rewrite.rolled import fake_mode_of, result_order, roll, step_of
+from gtrans.rewrite.rolled import fake_mode_of, not_repeatable, result_order, roll, step_of
 from gtrans.runtime.stepwise_loop import stepwise_loop
 
 aten = torch.ops.aten
@@ -47,6 +47,10 @@ class TracedStep:
     carries: int
     trained: tuple[bool, ...]
     floating: tuple[bool, ...]
+
+    def not_repeatable(self) -> str | None:
+        """Why its step may not run once more in the backward, or None."""
+        return not_repeatable(self.call.graph) or not_repeatable(self.pull.graph)
 
     def has_threshold(self) -> bool:
         """Whether a step compares what it carries."""

@@ -15,16 +15,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 from torch.func import vjp, vmap
 
+from gtrans.runtime.batch_rules import quiet_loops, with_rules
 from gtrans.runtime.noise import fixed_signs
 from gtrans.runtime.scan import Carry
 from gtrans.runtime.solve import CarryOf, send_nothing, solve_backward, solve_forward
 from gtrans.runtime.watch import watch_ratio
+
+T = TypeVar("T")
 
 LOOP_RULES = ("loop", "sweeps", "cut", "feedback", "linspace")
 _ALL = slice(None)
@@ -58,6 +61,16 @@ class Step:
     def key(self) -> str:
         """What the step is known by inside of a compiled graph."""
         return name_of(self.call.code, self.gate.code, self.carries, self.shared)
+
+    @cached_property
+    def batched_call(self) -> fx.GraphModule:
+        """The call, to be run for several steps."""
+        return with_rules(self.call)
+
+    @cached_property
+    def batched_gate(self) -> fx.GraphModule:
+        """The gate, to be run for several steps."""
+        return with_rules(self.gate)
 
 
 def name_of(*parts: object) -> str:
@@ -104,13 +117,11 @@ def rolled_loop(
     )
 
 
-def slots_of(
-    tensors: Sequence[torch.Tensor], shared: Sequence[bool], steps: int
-) -> list[Sequence[torch.Tensor]]:
-    """Inputs slot by slot: one tensor for all steps, or one for each."""
+def slots_of(inputs: Sequence[T], shared: Sequence[bool], steps: int) -> list[Sequence[T]]:
+    """Inputs, or a property of each, slot by slot: one for all steps, or one for each."""
     slots, at = [], 0
     for one in shared:
-        slots.append(tensors[at : at + (1 if one else steps)])
+        slots.append(inputs[at : at + (1 if one else steps)])
         at += len(slots[-1])
     return slots
 
@@ -127,7 +138,7 @@ def side_by_side(
 @contextmanager
 def _batching() -> Iterator[None]:
     """Lets `vmap` and `vjp` work in the forward of a compiled function, where torch bars them."""
-    with ExitStack() as stack:
+    with quiet_loops(), ExitStack() as stack:
         for key in _BATCHING:
             stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
         yield
@@ -154,7 +165,7 @@ class _Run:
 
     def several(self, *, gate: bool = False) -> Callable[..., tuple[torch.Tensor, ...]]:
         """From carries, [n, *s] each, and the inputs of n steps to the results of these steps."""
-        module = self.step.gate if gate else self.step.call
+        module = self.step.batched_gate if gate else self.step.batched_call
         return side_by_side(module, self.step.carries, self.step.shared)
 
     def pack(self, carries: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -177,13 +188,15 @@ class _Run:
         inputs = [given if one else given[part] for given, one in pairs]
         return self.unpack(self.before(states)[part]), inputs
 
-    def pulled(self, states: torch.Tensor) -> Callable[..., list[torch.Tensor | None]]:
+    def pulled(
+        self, states: torch.Tensor, trained: Sequence[bool]
+    ) -> Callable[..., list[torch.Tensor | None]]:
         """From cotangents of all results to those of carries and inputs, at the given states.
 
-        Inputs of whole numbers have none.
+        Inputs that are not trained have none.
         """
         run, every = self.several(), self.inputs
-        given = [i for i, t in enumerate(every) if t.is_floating_point()]
+        given = [i for i, one in enumerate(trained) if one]
         carries = self.unpack(self.before(states))
         count = len(carries)
 
@@ -269,13 +282,21 @@ class _Run:
         return vmap(row, out_dims=1)(torch.eye(size, dtype=states.dtype, device=states.device))
 
     def gradients(
-        self, states: torch.Tensor, drives: list[torch.Tensor], rule: str, count: int
+        self,
+        states: torch.Tensor,
+        drives: list[torch.Tensor],
+        wanted: Sequence[bool],
+        rule: str,
+        count: int,
     ) -> list[torch.Tensor | None]:
         """The gradients of starts and inputs, from the cotangents of all results.
 
+        Inputs have one if any of their tensors wants one.
         Those of the starts and of the inputs of each step have the steps as first dimension.
         """
-        pull, further = self.pulled(states), drives[self.step.carries :]
+        carries = self.step.carries
+        slots = slots_of(wanted[carries:], self.step.shared, self.steps)
+        pull, further = self.pulled(states, [any(slot) for slot in slots]), drives[carries:]
         nothing = [torch.zeros_like(f) for f in further]
 
         def sent(w: torch.Tensor, more: list[torch.Tensor] = nothing) -> torch.Tensor:
@@ -375,14 +396,16 @@ def loop_backward(
     drives: list[torch.Tensor],
     states: list[torch.Tensor],
     tensors: list[torch.Tensor],
+    wanted: list[bool],
     key: str,
     steps: int,
     rule: str,
     count: int,
 ) -> list[torch.Tensor]:
-    """The gradients of the tensors that a loop reads; empty ones for whole numbers."""
+    """The gradients of the tensors that a loop reads; empty ones where none is wanted."""
     run = _Run(tensors, key, steps)
-    found = run.gradients(run.pack(states), drives, rule, count)
+    with quiet_loops():
+        found = run.gradients(run.pack(states), drives, wanted, rule, count)
     gradients: list[torch.Tensor | None] = []
     shared = (*(False for _ in run.starts), *run.step.shared)
     sizes = [*(1 for _ in run.starts), *(len(slot) for slot in run.slots)]
@@ -390,8 +413,8 @@ def loop_backward(
         gradients += [g] if g is None or one else list(g.unbind(0)[:size])
         gradients += [None] * (size - 1 if g is None else 0)
     return [
-        t.new_empty(0) if g is None else g.clone(memory_format=torch.contiguous_format)
-        for g, t in zip(gradients, tensors, strict=True)
+        t.new_empty(0) if g is None or not one else g.clone(memory_format=torch.contiguous_format)
+        for g, t, one in zip(gradients, tensors, wanted, strict=True)
     ]
 
 
@@ -406,9 +429,11 @@ def _(
     drives: list[torch.Tensor],
     states: list[torch.Tensor],
     tensors: list[torch.Tensor],
+    wanted: list[bool],
     *rest: Any,
 ) -> list[torch.Tensor]:
-    return [t.new_empty(t.shape if t.is_floating_point() else (0,)) for t in tensors]
+    pairs = zip(tensors, wanted, strict=True)
+    return [t.new_empty(t.shape if one else (0,)) for t, one in pairs]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
@@ -426,8 +451,9 @@ def _backward(ctx: Any, given: list[torch.Tensor | None]) -> tuple[Any, ...]:
         torch.zeros(shape, dtype=dtype, device=device) if g is None else g
         for g, (shape, dtype, device) in zip(given, kinds, strict=True)
     ]
-    found = loop_backward(drives, states, tensors, *ctx.options)
-    gradients = [g if t.is_floating_point() else None for g, t in zip(found, tensors, strict=True)]
+    wanted = [t.requires_grad for t in tensors]
+    found = loop_backward(drives, states, tensors, wanted, *ctx.options)
+    gradients = [g if one else None for g, one in zip(found, wanted, strict=True)]
     return gradients, *[None] * 8
 
 

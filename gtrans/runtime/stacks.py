@@ -20,6 +20,7 @@ from torch import nn
 from torch.func import functional_call, vmap
 
 from gtrans.errors import ModelError, OptionError, did_you_mean
+from gtrans.runtime.batch_rules import quiet_loops
 from gtrans.runtime.solve import Evaluate, Solution, solve_forward
 
 _CARRIES = {"jacobi": 0.0, "jacobi-gs": 0.0, "gs-jacobi": 0.0, "picard": 1.0, "gauss-seidel": 0.0}
@@ -155,7 +156,8 @@ def _side_by_side(blocks: list[nn.Module], x: torch.Tensor) -> Evaluate:
     def evaluate(states: torch.Tensor, part: slice) -> torch.Tensor:
         before = torch.cat([x.detach()[None], states[:-1]])[part]
         try:
-            return several(before, part)
+            with quiet_loops():
+                return several(before, part)
         except RuntimeError as error:
             raise ModelError(
                 f"the blocks cannot run side by side: {error}\n  Blocks must neither draw random "

@@ -72,7 +72,7 @@ class OdeAdjoint(LoopPass):
             return step
         if self.method == "backsolve" and not step.adds_to_its_carry():
             return "a step does not add to what it carries; method=checkpoint takes any"
-        return cannot_roll(graph, loop)
+        return cannot_roll(graph, loop) or step.not_repeatable()
 
     def rewrite_loop(self, graph: ForwardGraph, loop: Loop) -> None:
         """Calls the loop by the rule of the method."""

@@ -85,7 +85,9 @@ class Sltt(ForwardPass):
             return "it compares nothing, so nothing in it spikes: cut-carry truncates any loop"
         if stage.length <= self.every and not self.stepwise:
             return "no more steps than every"
-        reason = cannot_roll(graph, stage.whole) if self.stepwise else None
+        if not self.stepwise:
+            return None
+        reason = cannot_roll(graph, stage.whole) or step.not_repeatable()
         return reason and f"{reason}; stepwise=false cuts its gradient all the same"
 
     def _cut(self, graph: ForwardGraph, stage: Stage) -> None:
