@@ -152,8 +152,12 @@ def find_loops(graph: ForwardGraph, min_steps: int = 4) -> list[Loop]:
             if any(region.tells_no_more_than(other) for other in settled):
                 continue
             loops, complete = region.loops(min_steps, taken)
-            found += loops
-            taken |= {n for loop in loops for n in loop.nodes}
+            for loop in loops:
+                # Stages of one step may look like a loop of their own, which the others have not.
+                inner = [other for other in found if not other.nodes.isdisjoint(loop.nodes)]
+                if all(other.nodes <= loop.nodes for other in inner):
+                    found = [*(other for other in found if other not in inner), loop]
+                    taken |= loop.nodes
             if complete:
                 settled.append(region)
     return sorted(found, key=lambda loop: loop.last)

@@ -1,10 +1,12 @@
 """Numbers that differ between the steps of a Python loop, as tensors that the steps read.
 
     y = 0.1 * a;  ..;  z = 0.3 * b        -->        u = full((), 0.1);  y = u * a;  ..
+    t = full_like(a, 0.1);  ..            -->        t = full(a.shape, 0.1);  ..
 
 The steps of a loop are found by their text, and a number that is another one in each step (a time,
 the coefficient of a schedule) makes each step a text of its own. In what is left of the loop
-afterwards, and everywhere else, the numbers are put back.
+afterwards, and everywhere else, the numbers of arithmetic are put back; what is filled with one
+reads nothing of the loop, and stays so.
 """
 
 import operator
@@ -26,6 +28,7 @@ _ARITHMETIC = frozenset(
         torch.add, torch.sub, torch.mul, torch.div, "add", "sub", "mul", "div",
     }
 )  # fmt: skip
+_FILLS = (torch.full_like, "new_full")
 # In narrower types a number keeps digits that a tensor loses.
 _WIDE = (torch.float32, torch.float64)
 
@@ -34,6 +37,10 @@ _WIDE = (torch.float32, torch.float64)
 def numbers_as_tensors(graph: ForwardGraph) -> Iterator[None]:
     """Lets calls that differ in a number read tensors, until the end of the block."""
     made: list[tuple[_Call, fx.Node]] = []
+    for fills in _fills(graph).values():
+        if len({number for _, number in fills}) > 1:
+            for node, number in fills:
+                _fill(graph, node, number)
     try:
         for calls in _groups(graph).values():
             if len({call.number for call in calls}) > 1:
@@ -67,6 +74,29 @@ def _groups(graph: ForwardGraph) -> dict[Any, list[_Call]]:
             (place, number) = numbers[0]
             found[node.target, place].append(_Call(node, place, cast(float, number)))
     return found
+
+
+def _fills(graph: ForwardGraph) -> dict[Any, list[tuple[fx.Node, float]]]:
+    """What is filled with a number in the likeness of something, with that number."""
+    found: dict[Any, list[tuple[fx.Node, float]]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.target not in _FILLS:
+            continue
+        number, val = node.kwargs.get("fill_value", node.args[-1]), value(node)
+        sized = isinstance(val, torch.Tensor) and all(isinstance(n, int) for n in val.shape)
+        if type(number) in (int, float) and sized and val.is_contiguous():
+            found[node.target, val.shape].append((node, cast(float, number)))
+    return found
+
+
+def _fill(graph: ForwardGraph, node: fx.Node, number: float) -> None:
+    """Fills it by its sizes, without what it was to be like."""
+    val = value(node)
+    kind = {"dtype": val.dtype, "device": val.device}
+    made = graph.insert_before(node, torch.full, tuple(val.shape), number, **kind)
+    made.meta["example_value"] = val
+    node.replace_all_uses_with(made)
+    graph.graph.erase_node(node)
 
 
 def _tensor(graph: ForwardGraph, call: _Call) -> fx.Node:

@@ -112,6 +112,52 @@ def test_steps_may_differ_in_numbers(dtype: torch.dtype) -> None:
         assert _error(found, gradients) < close
 
 
+class Timed(nn.Module):
+    """Runge-Kutta steps of order four over a network that reads the time as a channel."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.inner = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def slope(self, t: float, y: torch.Tensor) -> torch.Tensor:
+        if self.how == "full_like":
+            times = torch.full_like(y[:, :1], t)
+        elif self.how == "by name":
+            times = torch.full_like(y[:, :1], fill_value=t)
+        else:
+            times = y.new_full((len(y), 1), t)
+        return torch.as_tensor(self.inner(torch.cat([y, times], 1)))
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        h = 1 / 6
+        for i in range(6):
+            t = i * h
+            a = self.slope(t, y)
+            b = self.slope(t + h / 2, y + h / 2 * a)
+            c = self.slope(t + h / 2, y + h / 2 * b)
+            y = y + h / 6 * (a + 2 * b + 2 * c + self.slope(t + h, y + h * c))
+        return y
+
+
+@pytest.mark.parametrize("how", ["full_like", "by name", "new_full"])
+def test_times_that_tensors_are_filled_with(how: str) -> None:
+    torch.manual_seed(0)
+    model, x = Timed(how).double(), torch.randn(2, 3, dtype=torch.float64)
+    expected, gradients = step_of(copy.deepcopy(model), x)
+    for passes in (
+        "ode-adjoint{min_steps=2}",
+        "ode-adjoint{min_steps=2,method=backsolve,iterations=60}",
+        "parallel-feedforward{min_steps=2,tolerance=0.0}",
+    ):
+        torch.compiler.reset()
+        # The stages of a step look like a loop of three, but are none of their own.
+        assert "matched 1, rewrote 1" in str(gtrans.explain(model, x, passes=passes))
+        out, found = step_of_rewritten(model, x, passes)
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+        assert _error(found, gradients) < 1e-10
+
+
 def test_numbers_of_a_loop_that_stays_are_put_back() -> None:
     model, x = Scheduled(7), torch.randn(2, 3)
     graph = forward_of(model, x)
