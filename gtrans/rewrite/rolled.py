@@ -21,7 +21,9 @@ from gtrans.runtime.loop import side_by_side
 
 aten = torch.ops.aten
 
-_COPIES = frozenset({aten.clone.default, aten._to_copy.default, aten.detach.default})
+_COPIES = frozenset(
+    {aten.clone.default, aten._to_copy.default, aten.detach.default, aten._conj.default}
+)
 _MOST_CARRIED = 4
 _DRAWS = ("dropout", "rand", "bernoulli", "multinomial", "normal_", "uniform_", "exponential_")
 
@@ -58,11 +60,9 @@ def not_pointwise(loop: Loop, step: fx.GraphModule) -> str | None:
     """Why a loop's Jacobians are no diagonals, or None if its step works element by element."""
     carried = [value(n) for n in loop.starts]
     first = carried[0]
-    if len(carried) > _MOST_CARRIED:
+    if sum(2 if c.is_complex() else 1 for c in carried) > _MOST_CARRIED:
         return f"a step hands over more than {_MOST_CARRIED} values"
-    if first.is_complex():
-        return "its values are complex"
-    if any(c.shape != first.shape or c.dtype != first.dtype for c in carried):
+    if any(c.shape != first.shape or c.abs().dtype != first.abs().dtype for c in carried):
         return "the values that a step hands over differ in shape or type"
     if any(value(column[0]).dim() > first.dim() for column in loop.inputs):
         return "a step reads larger values than it hands over"
@@ -87,6 +87,8 @@ def not_side_by_side(loop: Loop, step: fx.GraphModule) -> str | None:
     """Why the steps of a loop cannot run as one batch, or None."""
     shared = _shared(loop)
     carries = [value(n) for n in loop.starts]
+    if any(c.is_complex() for c in carries):
+        return "the values that a step hands over are complex"
     if any(not (c.is_floating_point() and c.dtype == carries[0].dtype) for c in carries):
         return "the values that a step hands over differ in type"
     inputs = [value(column[0]) for column in loop.inputs]
@@ -170,6 +172,11 @@ def _traced(loop: Loop, step: fx.GraphModule) -> fx.Graph:
     arguments = [*loop.starts, *(column[0] for column in loop.inputs)]
     values = [value(n).detach() for n in arguments]
     return traced(lambda *a: tuple(step(*a)), arguments, values, fake_mode_of(values))
+
+
+def has_cotangent(value: torch.Tensor) -> bool:
+    """Whether a value is of a type that gradients have."""
+    return value.is_floating_point() or value.is_complex()
 
 
 def fake_mode_of(values: Sequence[torch.Tensor]) -> Any:

@@ -15,7 +15,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from gtrans.analysis.loops import Loop
 from gtrans.ir.forward import ForwardGraph, value
-from gtrans.rewrite.rolled import fake_mode_of, not_repeatable, result_order, roll, step_of
+from gtrans.rewrite.rolled import (
+    fake_mode_of,
+    has_cotangent,
+    not_repeatable,
+    result_order,
+    roll,
+    step_of,
+)
 from gtrans.runtime.stepwise_loop import stepwise_loop
 
 aten = torch.ops.aten
@@ -87,14 +94,14 @@ def traced_step(loop: Loop) -> TracedStep | str:
     if not all(isinstance(value(n), torch.Tensor) for n in outside):
         return "a step reads what is no tensor"
     carries = [value(n).detach() for n in loop.starts]
-    if not all(c.is_floating_point() for c in carries):
+    if not all(map(has_cotangent, carries)):
         return "it hands over what has no gradient"
     inputs = [value(column[0]) for column in loop.inputs]
     trained = tuple(i.requires_grad for i in inputs)
     results = [value(loop.steps[-1][place]) for place in result_order(loop)]
     if not all(isinstance(r, torch.Tensor) for r in results):
         return "a step's results are not all tensors"
-    floating = tuple(r.is_floating_point() for r in results)
+    floating = tuple(map(has_cotangent, results))
     step, given = step_of(loop), [*carries, *(i.detach() for i in inputs)]
     cotangents = [r.detach() for r, one in zip(results, floating, strict=True) if one]
 

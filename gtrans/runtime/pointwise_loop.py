@@ -4,7 +4,8 @@
 
 All a[t] are the gradient of f for ones, at all steps in one call; the cotangents w of all states
 come out of one scan of about 2 log2 T steps, and one more call of f's backward at all steps gives
-the gradients of what it reads. With several values carried, a[t] is a small matrix per element.
+the gradients of what it reads. With several values carried, a[t] is a small matrix per element;
+a complex value counts as two, its real and its imaginary part, so f need not be holomorphic.
 
 The forward runs step by step, as it was written.
 """
@@ -30,8 +31,8 @@ def pointwise_loop(
     """The results of all steps, those of the first step first.
 
     Args:
-        step: element by element in its carries, which have all one shape and dtype; its inputs may
-            be broadcast to it.
+        step: element by element in its carries, which have all one shape and precision; its inputs
+            may be broadcast to it.
         starts: the carries before the first step, [*s] each.
         inputs: what the steps read besides: one tensor for all of them, or one for each.
         steps: how many.
@@ -97,6 +98,7 @@ def _cotangents(
     """The cotangents of the new carries of all steps, from those that come from outside."""
     count = len(states)
     nothing = [torch.zeros_like(d) for d in drives]
+    complex_ = [s.is_complex() for s in states]
     # What further results send to a state arrives one step earlier.
     local = _gradients(made, [*nothing[:count], *drives[count:]], states)
     e = [
@@ -105,14 +107,22 @@ def _cotangents(
     ]
     rows = []
     for i in range(count):
-        ones = [torch.ones_like(n) if k == i else n for k, n in enumerate(nothing)]
-        rows.append(_gradients(made, ones, states))
-    if count == 1:
-        return [solve_backward(send_nothing, e[0], keep=rows[0][0], sweeps=0).states]
-    # keep[j, i] is what the new carry i sends to the old carry j.
+        for unit in (1, 1j) if complex_[i] else (1,):
+            ones = [torch.full_like(n, unit) if k == i else n for k, n in enumerate(nothing)]
+            rows.append(_real_parts(_gradients(made, ones, states)))
+    parts = _real_parts(e)
+    if len(parts) == 1:
+        return [solve_backward(send_nothing, parts[0], keep=rows[0][0], sweeps=0).states]
+    # keep[j, i] is what part i of the new carries sends to part j of the old ones.
     keep = torch.stack([torch.stack(row, -1) for row in rows], -1)
-    w = solve_backward(send_nothing, torch.stack(e, -1), keep=keep, sweeps=0).states
-    return list(w.unbind(-1))
+    w = solve_backward(send_nothing, torch.stack(parts, -1), keep=keep, sweeps=0).states
+    found = iter(w.unbind(-1))
+    return [torch.complex(next(found), next(found)) if one else next(found) for one in complex_]
+
+
+def _real_parts(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Real values as they are, complex ones as two."""
+    return [part for v in values for part in ((v.real, v.imag) if v.is_complex() else (v,))]
 
 
 def _gradients(

@@ -287,6 +287,42 @@ def test_a_loop_that_stays_says_why(passes: str, reason: str) -> None:
     assert reason in _report(Loop("gru", 3), torch.randn(6, 2, 3), passes)
 
 
+class Complex(nn.Module):
+    """Complex states, by a diagonal or by what is not holomorphic and reads a real state too."""
+
+    def __init__(self, holomorphic: bool) -> None:
+        super().__init__()
+        self.holomorphic, self.first = holomorphic, nn.Linear(3, 4)
+        self.angle, self.decay = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        factor, outputs = torch.polar(self.decay.sigmoid(), self.angle), []
+        r = x.new_zeros(x.shape[1], 4)
+        h = torch.complex(r, r)
+        for u in self.first(x).unbind(0):
+            if self.holomorphic:
+                h = factor * h + u
+            else:
+                h, r = torch.tanh(factor * h.conj() + u * r), 0.5 * r + h.abs()
+            outputs.append(h.real + r)
+        return torch.stack(outputs)
+
+
+@settings(max_examples=8)
+@given(holomorphic=st.booleans(), steps=st.integers(4, 9))
+def test_complex_states(holomorphic: bool, steps: int) -> None:
+    torch.manual_seed(0)
+    model, x = Complex(holomorphic).double(), torch.randn(steps, 2, 3, dtype=torch.float64) + 1.0
+    expected, gradients = step_of(copy.deepcopy(model), x)
+    for one in ("ode-adjoint{min_steps=2}", "hoist-recurrence{method=scan,min_steps=2}"):
+        assert "matched 1, rewrote 1" in _report(model, x, one)
+        out, found = step_of_rewritten(model, x, one)
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+        _agree(found, gradients)
+    for refused in ("parallel-feedforward{min_steps=2}", "highway-recurrence{min_steps=2}"):
+        assert "the values that a step hands over are complex" in _report(model, x, refused)
+
+
 class _Broken(nn.Module):
     """A pointwise loop with something that keeps it unrolled."""
 
