@@ -3,7 +3,6 @@
 This file and `backends/` are the only places that import private modules of torch.
 """
 
-import gc
 import inspect
 import logging
 import time
@@ -18,7 +17,7 @@ from torch import fx, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import trace_rules
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, RestartAnalysis
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import _extract_fwd_bwd_modules
 from torch._guards import CompileContext, TracingContext
@@ -38,6 +37,7 @@ from gtrans.ir.normal_form import normalise
 from gtrans.ir.printer import to_code
 from gtrans.ir.program import Program
 from gtrans.ir.source import readable_path
+from gtrans.ir.tracing import without_collection
 from gtrans.memory import Budget
 from gtrans.pipeline import UNDER_BUDGET, Gate, Graph, Observer, OnFailure, Pipeline, Step
 from gtrans.plan.cut import read_directly
@@ -115,7 +115,11 @@ class Compiler:
             start = time.perf_counter()
             forward = self._with_what_pays(forward, job, example_inputs)
             record.own_seconds += time.perf_counter() - start
-        return job.lower(forward, example_inputs)
+        try:
+            return job.lower(forward, example_inputs)
+        except RestartAnalysis:  # Dynamo will call again, with another graph
+            self.captured.remove(record)
+            raise
 
     def _with_what_pays(
         self, forward: ForwardGraph, job: "_Job", example_inputs: Sequence[Any]
@@ -158,18 +162,6 @@ class Compiler:
                     step.name,
                     step.error,
                 )
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Pauses Python's cycle collector: over a growing graph its passes take superlinear time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Planned(Exception):
@@ -252,7 +244,7 @@ class _Job:
         self, module: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """AOTAutograd's `partition_fn`: rewrite the joint graph, then split it."""
-        with _without_collection():
+        with without_collection():
             return self._partition(module, joint_inputs, num_fwd_outputs)
 
     def _partition(

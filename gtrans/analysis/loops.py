@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from gtrans.ir.forward import ForwardGraph, value
+from gtrans.ir.sizes import numel, same_shape
 
 CALLS = ("call_function", "call_method", "get_attr")
 _SUMS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
@@ -409,13 +410,13 @@ def _fits(a: fx.Node, b: fx.Node) -> bool:
     first, second = value(a), value(b)
     if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
         return type(first) is type(second)
-    return first.dtype == second.dtype and list(first.shape) == list(second.shape)
+    return first.dtype == second.dtype and same_shape(first, second)
 
 
 def _size(node: fx.Node) -> int:
     """How much it costs to hand a value over; what is no tensor is not handed over willingly."""
     val = value(node)
-    return int(val.numel()) if isinstance(val, torch.Tensor) else 1 << 60
+    return numel(val) if isinstance(val, torch.Tensor) else 1 << 60
 
 
 def _trains(node: fx.Node) -> bool:

@@ -4,7 +4,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def hint(size: int | torch.SymInt, otherwise: int = 64) -> int:
@@ -53,7 +53,7 @@ def tensor_bytes_expression(val: torch.Tensor) -> sympy.Expr:
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two (fake) tensors provably have the same sizes; adds no guard."""
     return len(a.shape) == len(b.shape) and all(
-        guard_or_false(m == n) for m, n in zip(a.shape, b.shape, strict=True)
+        statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True)
     )
 
 

@@ -4,9 +4,10 @@ A pass inserts the same code for every layer of a model, and once more in the co
 tried; tracing it takes torch some milliseconds per operator.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+import gc
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -57,6 +58,18 @@ def traced(
             _seen.clear()
         _seen[key] = graph
     return graph
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Pauses Python's cycle collector: over a growing graph its passes take superlinear time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def outside_tracing(function: Callable[[], T]) -> T:

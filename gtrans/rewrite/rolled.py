@@ -15,6 +15,7 @@ from torch import fx
 from gtrans.analysis.loops import Loop, Source
 from gtrans.ir import ops
 from gtrans.ir.forward import ForwardGraph, arguments, is_inplace, value
+from gtrans.ir.sizes import same_shape
 from gtrans.ir.tracing import traced
 from gtrans.runtime.batch_rules import quiet_loops, with_rules
 from gtrans.runtime.loop import side_by_side
@@ -62,7 +63,7 @@ def not_pointwise(loop: Loop, step: fx.GraphModule) -> str | None:
     first = carried[0]
     if sum(2 if c.is_complex() else 1 for c in carried) > _MOST_CARRIED:
         return f"a step hands over more than {_MOST_CARRIED} values"
-    if any(c.shape != first.shape or c.abs().dtype != first.abs().dtype for c in carried):
+    if any(not same_shape(c, first) or c.abs().dtype != first.abs().dtype for c in carried):
         return "the values that a step hands over differ in shape or type"
     if any(value(column[0]).dim() > first.dim() for column in loop.inputs):
         return "a step reads larger values than it hands over"
@@ -76,8 +77,7 @@ def not_pointwise(loop: Loop, step: fx.GraphModule) -> str | None:
             continue
         if not _is_elementwise(node):
             return f"a step mixes elements ({node.target})"
-        shape = node.meta["val"].shape
-        if list(shape) != list(first.shape):
+        if not same_shape(node.meta["val"], first):
             return f"a step changes the shape of its carry ({node.target})"
         moving.add(node)
     return None
@@ -93,8 +93,10 @@ def not_side_by_side(loop: Loop, step: fx.GraphModule) -> str | None:
         return "the values that a step hands over differ in type"
     inputs = [value(column[0]) for column in loop.inputs]
     mode = fake_mode_of([*carries, *inputs])
+    shape_env = getattr(mode, "shape_env", None)  # a trial must not fix sizes that change
+    unguarded = nullcontext() if shape_env is None else shape_env.suppress_guards()
     try:
-        with mode or nullcontext(), torch.no_grad(), quiet_loops():
+        with mode or nullcontext(), unguarded, torch.no_grad(), quiet_loops():
             several = [t.expand(2, *t.shape) for t in carries]
             pairs = zip(inputs, shared, strict=True)
             read = [t if one else t.expand(2, *t.shape) for t, one in pairs]
@@ -136,7 +138,6 @@ def gate_of(loop: Loop, step: fx.GraphModule) -> fx.GraphModule:
     made: dict[fx.Node, fx.Node] = {}
     gate = fx.Graph()
     moving = set(graph.find_nodes(op="placeholder")[: len(first)])
-    shapes = {tuple(c.shape) for c in first}
     for node in graph.nodes:
         if node.op == "output":
             gate.output(fx.map_arg(node.args[0], lambda n: made[n]))
@@ -144,7 +145,8 @@ def gate_of(loop: Loop, step: fx.GraphModule) -> fx.GraphModule:
         moved = moving.intersection(node.all_input_nodes)
         if moved:
             moving.add(node)
-        elementwise = _is_elementwise(node) and tuple(node.meta["val"].shape) in shapes
+        val = node.meta["val"]
+        elementwise = _is_elementwise(node) and any(same_shape(val, c) for c in first)
         if moved and not elementwise:
             # What an operator returns in a list has no gradient: its own arguments had none.
             tensors = [n for n in moved if isinstance(n.meta["val"], torch.Tensor)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from gtrans.analysis.chains import Chain, Link
 from gtrans.ir.joint import TAG, JointGraph, tag
@@ -242,7 +242,7 @@ class Sweeps:
         """A value with the strides of another: what reads that may view it by its strides."""
         anchor = anchor or old
         wanted, got = old.meta["val"].stride(), value.meta["val"].stride()
-        if all(guard_or_false(a == b) for a, b in zip(wanted, got, strict=True)):
+        if all(statically_known_true(a == b) for a, b in zip(wanted, got, strict=True)):
             return value
         order = sorted(range(len(wanted)), key=lambda d: -hint(wanted[d]))
         back = [order.index(d) for d in range(len(order))]

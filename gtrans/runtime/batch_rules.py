@@ -5,6 +5,7 @@ Without a rule, torch calls an operator once for each element of a batch, and wa
     a view     of what is stacked may need a copy: a reshape
     attention  treats its sequences one by one, so the batch is as good as more of them
     RMS norm   its gradient is made of operators that have rules
+    a size     of one element, where sizes change from call to call
 """
 
 from collections.abc import Iterator, Sequence
@@ -159,7 +160,12 @@ def _rms_norm_backward(
     return dx if output_mask[0] else None, dw if output_mask[1] else None
 
 
+def _size(x: torch.Tensor, dim: int) -> int:
+    return x.shape[dim]
+
+
 _FORMS: dict[Any, Any] = {
+    aten.sym_size.int: _size,
     aten.view.default: torch.reshape,
     aten._unsafe_view.default: torch.reshape,
     _ATTENTION: _attention,

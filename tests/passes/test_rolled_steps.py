@@ -45,10 +45,10 @@ class Blocks(nn.Module):
             elif self.kind == "random slopes":
                 y = F.rrelu(y, 0.1, 0.9, self.training)
             else:
-                q = y.reshape(3, 4, 2, 4).transpose(1, 2)
+                q = y.reshape(-1, 4, 2, 4).transpose(1, 2)
                 drop = 0.5 if self.kind == "random attention" else 0.0
                 y = F.scaled_dot_product_attention(q, q, q, dropout_p=drop, is_causal=True)
-                y = y.transpose(1, 2).reshape(12, 8)
+                y = y.transpose(1, 2).reshape(x.shape)
             x = x + torch.tanh(y)
         return x
 
@@ -114,3 +114,44 @@ def test_running_statistics_of_a_stack_are_written_once() -> None:
     torch.manual_seed(0)
     model, x = Blocks("batch norm", tied=False).double(), torch.randn(12, 8, dtype=torch.float64)
     assert not _rewrites(model, x, SWEPT)
+
+
+@pytest.mark.parametrize("passes", [*PASSES, "cut-carry{min_steps=2,every=4}"])
+@pytest.mark.parametrize("kind", ["attention", "rms norm"])
+def test_sizes_that_change_are_captured_once(kind: str, passes: str) -> None:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = Blocks(kind, tied=True).double()
+    plain = copy.deepcopy(model)
+    gtrans.optimize(model, passes=passes, backend="eager", on_error="raise", dynamic=True)
+    for rows in (12, 8, 20):
+        x = torch.randn(rows, 8, dtype=torch.float64)
+        plain.zero_grad()
+        model.zero_grad()
+        expected, gradients = step_of(plain, x)
+        out, found = step_of(model, x)
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+    assert len(gtrans.report(model).captured) == 1
+
+
+def test_a_graph_that_dynamo_captures_once_more_is_counted_once() -> None:
+    class Embedded(nn.Module):
+        """Dynamo begins again, with constants for what it took for symbols."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.gate = nn.Embedding(9, 3), nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            e = self.embed(x)
+            z, h = torch.sigmoid(self.gate(e)), torch.zeros_like(e[:, 0])
+            for t in range(x.shape[1]):
+                h = (1 - z[:, t]) * h + z[:, t] * e[:, t]
+            return h
+
+    torch.compiler.reset()
+    model = gtrans.optimize(Embedded(), backend="eager", dynamic=True)
+    model(torch.randint(9, (4, 5))).sum().backward()
+    assert len(gtrans.report(model).captured) == 1
