@@ -21,6 +21,7 @@ aten = torch.ops.aten
 
 _LIKE = frozenset({aten.full_like.default, aten.zeros_like.default, aten.ones_like.default})
 _CONSTANT = {aten.full.default: 1, aten.scalar_tensor.default: 0}  # position of the number
+_SYMBOLIC = (torch.SymInt, torch.SymFloat)
 _LAYOUT_KEYS = ("device", "layout", "memory_format", "pin_memory", "non_blocking")
 
 
@@ -60,9 +61,10 @@ class Activation:
         number = {self.x: "x", self.dy: "dy"}
         text = []
         for node in (*self.forward, *self.backward):
-            text.append(
-                f"{node.target}{fx.map_arg((node.args, _plain(node)), lambda n: _name(number, n))}"
-            )
+            given = (node.args, _plain(node))
+            if node.target in _CONSTANT:  # its sizes may be nodes
+                given = ((node.args[_CONSTANT[node.target]],), {})
+            text.append(f"{node.target}{fx.map_arg(given, lambda n: _name(number, n))}")
             number[node] = f"v{len(text)}"
         return tuple(text)
 
@@ -161,6 +163,8 @@ def _is_step(node: fx.Node) -> bool:
         return False
     if ops.is_random(node) or ops.is_effect(node):
         return False
+    if any(isinstance(n.meta.get("val"), _SYMBOLIC) for n in node.all_input_nodes):
+        return False  # a size that changes is no number to tabulate a derivative with
     return ops.is_pointwise(node) or node.target in _LIKE or node.target is aten._to_copy.default
 
 

@@ -381,6 +381,25 @@ def test_refusals(act: Function, options: str, reason: str) -> None:
     assert dict(stats_of(found).skipped) == {reason: 1}
 
 
+def test_a_gradient_that_is_divided_by_a_size_that_changes() -> None:
+    class Averaged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64).requires_grad_(False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.last(functional.gelu(self.first(x)))
+            return functional.gelu(y).mean(0)
+
+    torch.compiler.reset()
+    model = gtrans.optimize(
+        Averaged(), passes="few-bit", backend="eager", on_error="raise", dynamic=True
+    )
+    for rows in (80, 96):
+        model(torch.randn(rows, 64)).sum().backward()
+    assert "few-bit: matched 2, rewrote 2" in str(gtrans.report(model))
+
+
 def test_dynamic_shapes_need_a_known_dimension() -> None:
     class Odd(nn.Module):
         def __init__(self, width: int) -> None:
