@@ -45,7 +45,7 @@ class TracedStep:
         call: (carries, inputs) to (new carries, further results).
         pull: see `gtrans.runtime.stepwise_loop.StepwiseLoop`.
         carries: how many values it hands over.
-        trained: for each input, whether it gets a gradient.
+        trained: for each carry's start and each input, whether it gets a gradient.
         floating: for each result, whether it has a cotangent.
     """
 
@@ -97,7 +97,7 @@ def traced_step(loop: Loop) -> TracedStep | str:
     if not all(map(has_cotangent, carries)):
         return "it hands over what has no gradient"
     inputs = [value(column[0]) for column in loop.inputs]
-    trained = tuple(i.requires_grad for i in inputs)
+    trained = tuple(v.requires_grad for v in (*map(value, loop.starts), *inputs))
     results = [value(loop.steps[-1][place]) for place in result_order(loop)]
     if not all(isinstance(r, torch.Tensor) for r in results):
         return "a step's results are not all tensors"
@@ -110,7 +110,7 @@ def traced_step(loop: Loop) -> TracedStep | str:
 
     def pull(*tensors: torch.Tensor) -> list[torch.Tensor]:
         read, sent = tensors[: len(given)], tensors[len(given) :]
-        flags = [*(True for _ in carries), *trained]
+        flags = [*(True for _ in carries), *trained[len(carries) :]]
         with torch.enable_grad():
             leaves = [
                 t.detach().requires_grad_(flag) for t, flag in zip(read, flags, strict=True)

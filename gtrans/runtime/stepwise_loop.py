@@ -45,11 +45,11 @@ class StepwiseLoop:
     Attributes:
         call: (carries, inputs) to (new carries, further results).
         pull: (carries, inputs, cotangents of the floating results) to (new carries, gradients of
-            the carries, gradients of the trained inputs).
+            the carries, gradients of those inputs that are trained).
         steps: how many.
         carries: how many values are handed over.
         shared: for each input, whether all steps read the same tensor.
-        trained: for each input, whether it gets a gradient.
+        trained: for each carry's start and each input, whether it gets a gradient.
         floating: for each result, whether it has a cotangent.
         read: the results that are read, as step * results + result.
         rule: one of `STEPWISE_RULES`.
@@ -185,7 +185,7 @@ class _Run:
         after, carried = found[: loop.carries], found[loop.carries : 2 * loop.carries]
         gradients = iter(found[2 * loop.carries :])
         place = loop.carries
-        for slot, trained in zip(self.slots, loop.trained, strict=True):
+        for slot, trained in zip(self.slots, loop.trained[loop.carries :], strict=True):
             if trained:
                 self._add(place + t % len(slot), next(gradients))
             place += len(slot)
@@ -210,20 +210,21 @@ class _Run:
             scale = len(windows) / loop.draws
         state = self.starts
         for number, window in enumerate(windows):
+            w: Tensors | None = None  # that of the window before takes memory no longer
+            if number not in chosen:
+                for t in window:
+                    state = self.call(t, state)[: loop.carries]
+                continue
             states = [state]
-            for t in window[:-1] if number in chosen else window:
+            for t in window[:-1]:
                 states.append(self.call(t, states[-1])[: loop.carries])
             state = states[-1]
-            if number not in chosen:
-                continue
-            w: Tensors | None = None
             for t, start in zip(reversed(window), reversed(states), strict=True):
                 after, w = self._pull(t, start, w, given, scale)
                 if t == window[-1]:
                     state = after
-            if number == 0 and w is not None:
-                for i, gradient in enumerate(w):
-                    self._add(i, gradient)
+            if number == 0:
+                self._add_starts(w)
 
     def _from_the_end(self, given: dict[int, torch.Tensor], kept: Tensors) -> None:
         loop = self.loop
@@ -238,8 +239,12 @@ class _Run:
                     watch_drift(state, self.starts, loop.count)
                 after = state
             _, w = self._pull(t, state, w, given)
+        self._add_starts(w)
+
+    def _add_starts(self, w: Tensors | None) -> None:
         for i, gradient in enumerate(w or []):
-            self._add(i, gradient)
+            if self.loop.trained[i]:
+                self._add(i, gradient)
 
     def _before(self, t: int, after: Tensors) -> Tensors:
         """The state that a step added to, from the one it led to."""
@@ -275,8 +280,8 @@ def pull_steps(
 
 def _has_gradient(loop: StepwiseLoop) -> list[bool]:
     """For each tensor that a loop reads, whether it gets a gradient."""
-    trained = [True] * loop.carries
-    for one, flag in zip(loop.shared, loop.trained, strict=True):
+    trained = list(loop.trained[: loop.carries])
+    for one, flag in zip(loop.shared, loop.trained[loop.carries :], strict=True):
         trained += [flag] * (1 if one else loop.steps)
     return trained
 
