@@ -173,13 +173,18 @@ class RecurrencePass(LoopPass):
     def rewrite(self, graph: ForwardGraph, site: fx.Node) -> None:
         """Calls the operator with the arguments of this pass."""
         target, args = site.target, site.args
+        given = {**site.kwargs, **self.settings()}
         kind = _KINDS.get(target)
         if kind is not None:
             target = recurrent_network
             x, hx, weights, biases, layers, _, _, both, first = args
             args = (kind, x, hx, weights, biases, layers, both, first)
+            assert isinstance(weights, list | tuple)
+            assert isinstance(weights[0], fx.Node)
+            made, own = value(site)[0].dtype, value(weights[0]).dtype
+            given |= {} if made is own else {"dtype": made}  # under autocast
         assert callable(target)
-        new = graph.insert_before(site, target, *args, **{**site.kwargs, **self.settings()})
+        new = graph.insert_before(site, target, *args, **given)
         graph.replace(site, new)
 
 

@@ -336,6 +336,7 @@ def recurrent_network(
     block: int = 16,
     rule: str = "loop",
     count: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """What `torch.gru`, `torch.lstm`, `torch.rnn_tanh` and `torch.rnn_relu` return.
 
@@ -351,6 +352,8 @@ def recurrent_network(
         batch_first: layout of the input and the output.
         method: of the forward, see `Recurrence.solve`; so are tolerance, max_sweeps and block.
         rule: of the backward, see `cotangents`; so is count.
+        dtype: of the results, if it is not that of the weights. Under autocast the products with
+            the input are taken in 16 bits, and the states in the type of the weights.
 
     Returns:
         output, last h; for an LSTM last c as well.
@@ -367,9 +370,9 @@ def recurrent_network(
             index = layer * directions + direction
             w_ih, w_hh, *biases = weights[index * each : (index + 1) * each]
             b_ih, b_hh = biases if has_biases else (None, None)
-            start = torch.cat([h[index] for h in reversed(hidden)], -1)
+            start = torch.cat([h[index] for h in reversed(hidden)], -1).to(w_hh.dtype)
             # Flipped afterwards, as torch does: a row's rounding depends on where it stands.
-            products = F.linear(x, w_ih, b_ih)
+            products = F.linear(x, w_ih, b_ih).to(w_hh.dtype)
             products = products.flip(0) if direction else products
             states = recurrence(products, start, w_hh, b_hh, *options)
             last.append(states[-1])
@@ -378,5 +381,5 @@ def recurrent_network(
             outputs.append(h.flip(0) if direction else h)
         x = torch.cat(outputs, -1) if bidirectional else outputs[0]
     ends = torch.stack(last)
-    parts = tuple(reversed(ends.chunk(len(hidden), -1)))
-    return (x.transpose(0, 1) if batch_first else x), *parts
+    found = (x.transpose(0, 1) if batch_first else x), *reversed(ends.chunk(len(hidden), -1))
+    return found if dtype is None else tuple(part.to(dtype) for part in found)

@@ -1,5 +1,6 @@
 """The passes over recurrent layers: what they find, refuse, and leave as torch has it."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -207,3 +208,32 @@ def test_the_planner_of_sweeps_sees_the_steps_of_a_long_layer() -> None:
     torch.compiler.reset()
     plans = plan_sweeps(Model(nn.GRU(3, 4)), torch.randn(20, 2, 3))
     assert [p.depth for p in plans] == [19]
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_under_autocast_results_have_the_types_of_torch(kind: str) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = getattr(nn, kind)(4, 8, num_layers=2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.layer(x)[0]
+            return out
+
+    def step(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+        out.float().square().mean().backward()
+        return out, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    x, model = torch.randn(20, 3, 4), Layer()
+    expected, exact = step(copy.deepcopy(model))
+    gtrans.optimize(model, backend="eager", on_error="raise")
+    out, found = step(model)
+    assert "hoist-recurrence" in str(gtrans.report(model))
+    assert out.dtype is expected.dtype
+    torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
+    assert torch.cosine_similarity(found, exact, 0) > 0.999
