@@ -155,7 +155,8 @@ def find_loops(graph: ForwardGraph, min_steps: int = 4) -> list[Loop]:
             loops, complete = region.loops(min_steps, taken)
             for loop in loops:
                 # Stages of one step may look like a loop of their own, which the others have not.
-                inner = [other for other in found if not other.nodes.isdisjoint(loop.nodes)]
+                apart = loop.nodes.isdisjoint(taken)
+                inner = [] if apart else [f for f in found if not f.nodes.isdisjoint(loop.nodes)]
                 if all(other.nodes <= loop.nodes for other in inner):
                     found = [*(other for other in found if other not in inner), loop]
                     taken |= loop.nodes

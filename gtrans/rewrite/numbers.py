@@ -82,7 +82,7 @@ def _fills(graph: ForwardGraph) -> dict[Any, list[tuple[fx.Node, float]]]:
     for node in graph.nodes:
         if node.target not in _FILLS:
             continue
-        number, val = node.kwargs.get("fill_value", node.args[-1]), value(node)
+        number, val = node.kwargs.get("fill_value", (None, *node.args)[-1]), value(node)
         sized = isinstance(val, torch.Tensor) and all(isinstance(n, int) for n in val.shape)
         if type(number) in (int, float) and sized and val.is_contiguous():
             found[node.target, val.shape].append((node, cast(float, number)))

@@ -63,7 +63,8 @@ def not_pointwise(loop: Loop, step: fx.GraphModule) -> str | None:
     first = carried[0]
     if sum(2 if c.is_complex() else 1 for c in carried) > _MOST_CARRIED:
         return f"a step hands over more than {_MOST_CARRIED} values"
-    if any(not same_shape(c, first) or c.abs().dtype != first.abs().dtype for c in carried):
+    precision = first.dtype.to_real()
+    if any(not same_shape(c, first) or c.dtype.to_real() != precision for c in carried):
         return "the values that a step hands over differ in shape or type"
     if any(value(column[0]).dim() > first.dim() for column in loop.inputs):
         return "a step reads larger values than it hands over"

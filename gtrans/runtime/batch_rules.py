@@ -8,7 +8,7 @@ Without a rule, torch calls an operator once for each element of a batch, and wa
     a size     of one element, where sizes change from call to call
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,12 +45,12 @@ def with_rules(module: fx.GraphModule) -> fx.GraphModule:
 @contextmanager
 def quiet_loops() -> Iterator[None]:
     """Lets torch loop over a batch where no rule is known, without a warning for each operator."""
-    warn = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
-    warn(False)
+    functorch: Any = torch._C._functorch
+    functorch._set_vmap_fallback_warning_enabled(False)
     try:
         yield
     finally:
-        warn(True)
+        functorch._set_vmap_fallback_warning_enabled(True)
 
 
 def _attention(
@@ -93,8 +93,8 @@ def _folded(
     """An operator on tensors with sequences in dimension 0."""
     given = tensors if mask is None else (mask, *tensors)
     if any(map(torch._C._functorch.is_batchedtensor, given)):
-        batch: tuple[torch.Tensor, ...] = _Folded.apply(op, options, scale, mask, *tensors)  # type: ignore[no-untyped-call]
-        return batch
+        apply: Callable[..., tuple[torch.Tensor, ...]] = _Folded.apply
+        return apply(op, options, scale, mask, *tensors)
     found: tuple[torch.Tensor, ...] = op(*tensors, *options, attn_mask=mask, scale=scale)
     return found
 

@@ -124,7 +124,7 @@ class Timed(nn.Module):
         if self.how == "full_like":
             times = torch.full_like(y[:, :1], t)
         elif self.how == "by name":
-            times = torch.full_like(y[:, :1], fill_value=t)
+            times = torch.full_like(input=y[:, :1], fill_value=t)
         else:
             times = y.new_full((len(y), 1), t)
         return torch.as_tensor(self.inner(torch.cat([y, times], 1)))
